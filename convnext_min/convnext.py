@@ -98,7 +98,7 @@ class ConvNeXt(nn.Module):
         for dim, next_dim in zip(dims, dims[1:]):
             downsample = nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, kernel_size=2, stride=2))
             self.downsample_layers.append(downsample)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             nn.Sequential(*[Block(dim, next(rates), layer_scale_init_value) for _ in range(depth)])
             for dim, depth in zip(dims, depths)

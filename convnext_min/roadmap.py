@@ -93,7 +93,7 @@ class RoadNet(nn.Module):
         super().__init__()
         separate, norm = design.separate_downsampling, design.norm
         widths = [design.width * 2**i for i in range(4)]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(design.depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(design.depths), device="cpu").tolist())
         chans = widths[0]
         self.stem = design.stem(3, chans)
         if separate:

@@ -1,0 +1,145 @@
+"""What a network costs: multiply-accumulates, parameters, memory for the backward pass, images a second.
+
+`python -m convnext_min.measure --road` prints the whole road beside the paper's Tables 10 and 11.
+"""
+
+import argparse
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnext_min import paper
+from convnext_min.roadmap import REGIMES, build
+
+
+def count_macs(model: nn.Module, resolution: int = 224, in_chans: int = 3) -> int:
+    """Multiply-accumulates for one image of resolution x resolution pixels, in convolutions and matrix products.
+
+    This is what the paper calls FLOPs. Norms, activations and pooling are not counted. Nothing is computed: the
+    shapes are propagated on PyTorch's meta device and PyTorch's own counter (2 FLOPs a MAC) looks on.
+    """
+    state = {name: value.to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
+    image = torch.empty(1, in_chans, resolution, resolution, device="meta")
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(model.eval(), state, (image,))
+    model.train(training)
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of learned values (running statistics are not counted)."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def saved_bytes(model: nn.Module, resolution: int = 224, batch_size: int = 1) -> int:
+    """Bytes of activations that autograd keeps from the forward for the backward pass, parameters excluded."""
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(torch.zeros(batch_size, 3, resolution, resolution, device=device)).sum()
+    del loss
+    return sum(kept.values())
+
+
+class Throughput(NamedTuple):
+    """Images a second over several timings: median, slowest and fastest."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} img/s ({self.low:.1f}-{self.high:.1f})"
+
+
+def throughput(
+    model: nn.Module, resolution: int = 224, batch_size: int = 8, training: bool = False, repeats: int = 5
+) -> Throughput:
+    """Images a second of the forward pass, or of forward and backward when `training`, in fp32 on the model's device.
+
+    One pass warms up, then `repeats` are timed one by one.
+    """
+    device = next(model.parameters()).device
+    images = torch.randn(batch_size, 3, resolution, resolution, device=device)
+    was_training = model.training
+    model.train(training)
+
+    def step() -> None:
+        if training:
+            model(images).float().logsumexp(-1).sum().backward()
+            model.zero_grad()
+        else:
+            with torch.inference_mode():
+                model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    speeds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        speeds.append(batch_size / (time.perf_counter() - start))
+    model.train(was_training)
+    return Throughput(statistics.median(speeds), min(speeds), max(speeds))
+
+
+def road_table(regime: str = "resnet50") -> list[dict]:
+    """One row a step: slug, label, measured and published GMACs and their difference, parameters, published top-1."""
+    rows = []
+    for slug, published in paper.ROADS[regime].items():
+        with torch.device("meta"):
+            model = build(slug, regime)
+        gmacs = count_macs(model) / 1e9
+        rows.append(
+            {
+                "slug": slug,
+                "label": published.label,
+                "gmacs": gmacs,
+                "paper_gmacs": published.gmacs,
+                "difference": round(gmacs, 2) - published.gmacs,
+                "params": count_parameters(model),
+                "paper_top1": published.top1,
+            }
+        )
+    return rows
+
+
+def print_road(regime: str) -> None:
+    """Print `road_table` as text."""
+    print(f"\n{regime} regime, one 224x224 image, convolutions and linear layers")
+    print(f"{'step':<12} {'':<28} {'GMACs':>7} {'paper':>6} {'diff':>6} {'params M':>9} {'paper top-1':>12}")
+    for row in road_table(regime):
+        print(
+            f"{row['slug']:<12} {row['label']:<28} {row['gmacs']:>7.3f} {row['paper_gmacs']:>6.2f} "
+            f"{row['difference']:>+6.2f} {row['params'] / 1e6:>9.2f} {row['paper_top1']:>12.2f}"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.measure", description=__doc__)
+    parser.add_argument("--road", action="store_true", help="print every step's cost beside the paper's, both regimes")
+    args = parser.parse_args(argv)
+    if args.road:
+        for regime in REGIMES:
+            print_road(regime)
+    else:
+        parser.print_help()
+
+
+if __name__ == "__main__":
+    main()
