@@ -191,7 +191,9 @@ class ConvNeXtBlock(nn.Module):
     def __init__(self, in_chans, width, stride=1, *, kernel_size=7, act=nn.GELU, norm=LayerNorm, drop_path=0.0):
         super().__init__()
         if in_chans != width or stride != 1:
-            raise ValueError(f"a ConvNeXt block keeps its shape; got in_chans={in_chans}, width={width}, stride={stride}")
+            raise ValueError(
+                f"a ConvNeXt block keeps its shape; got in_chans={in_chans}, width={width}, stride={stride}"
+            )
         self.dwconv = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
         self.norm = norm(width)
         self.pwconv1 = nn.Conv2d(width, 4 * width, 1)

@@ -4,6 +4,8 @@
 State-dict keys and the initial distribution are those of the official release.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -95,7 +97,7 @@ class ConvNeXt(nn.Module):
             )
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm(dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
-        for dim, next_dim in zip(dims, dims[1:]):
+        for dim, next_dim in pairwise(dims):
             downsample = nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, kernel_size=2, stride=2))
             self.downsample_layers.append(downsample)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())

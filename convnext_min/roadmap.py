@@ -165,6 +165,8 @@ def build(
         width = 4 * round(design.width * width_multiplier / 4)
         if width < 4:
             least = 2.01 / design.width
-            raise ValueError(f"width_multiplier must leave at least 4 channels (>= {least:.3f} here), got {width_multiplier}")
+            raise ValueError(
+                f"width_multiplier must leave at least 4 channels (>= {least:.3f} here), got {width_multiplier}"
+            )
         design = replace(design, width=width)
     return RoadNet(design, num_classes, drop_path_rate)

@@ -1,0 +1,57 @@
+"""The counters against arithmetic done by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from convnext_min import measure, paper
+from convnext_min.convnext import convnext_atto
+
+
+def tiny():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),  # 8 * 3 * 9 * (S / 2)^2 MACs
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 7, padding=3, groups=8),  # 8 * 49 * (S / 2)^2
+        nn.Flatten(),
+        nn.LazyLinear(5),
+    )
+
+
+@pytest.mark.parametrize("resolution", [8, 16])
+def test_macs_and_parameters_by_hand(resolution):
+    model = tiny()
+    model(torch.zeros(1, 3, resolution, resolution))
+    pixels = (resolution // 2) ** 2
+    assert measure.count_macs(model, resolution) == pixels * (8 * 27 + 8 * 49) + 8 * pixels * 5
+    assert measure.count_parameters(model) == 8 * 27 + 16 + 8 * 50 + 8 * pixels * 5 + 5
+
+
+def test_counting_leaves_the_model_alone():
+    model = convnext_atto(num_classes=2).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    measure.count_macs(model, 64)
+    assert model.training and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_saved_bytes_by_hand():
+    # autograd keeps a ReLU's output and a linear layer's input: here both 4 x 10 floats, and the image's 4 x 12.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 1))
+    assert measure.saved_bytes(model, resolution=2, batch_size=4) == 4 * (4 * 12 + 4 * 10)
+
+
+def test_throughput_counts_images():
+    result = measure.throughput(
+        nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4, batch_size=3, training=True, repeats=3
+    )
+    assert 0 < result.low <= result.median <= result.high
+
+
+def test_road_table_on_the_command_line(capsys):
+    measure.main(["--road"])
+    out = capsys.readouterr().out
+    first, second = out.split("resnet200 regime")
+    rows = {line.split()[0]: line.split() for line in first.splitlines() if "." in line}
+    assert list(rows) == list(paper.TABLE10)
+    assert rows["layer_norm"][-5:] == ["4.146", "4.46", "-0.31", "25.84", "81.47"]
+    assert "15.355" in second and "83.60" in second
