@@ -1,0 +1,441 @@
+"""Images for small experiments: Imagenette, folders of images, and an offline sample drawn by code.
+
+A set of images is held in memory as one uint8 tensor (`ImageSet`); `Batches` crops, flips and normalizes it.
+"""
+
+import functools
+import math
+import os
+import socket
+import tempfile
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.datasets import Imagenette
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm.auto import tqdm
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue in [0, 1], and their standard deviations
+STD = (0.229, 0.224, 0.225)
+
+WNIDS = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled square images in memory; `source` says in one line what they are and belongs to every result."""
+
+    images: Tensor  # uint8 (N, 3, S, S)
+    labels: Tensor  # int64 (N,)
+    classes: tuple[str, ...]  # readable names; labels index them
+    source: str
+    skipped: tuple[Path, ...] = ()  # files that could not be decoded
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Sequence[int] | Tensor | slice) -> "ImageSet":
+        """The images at `indices`, with the same classes."""
+        images, labels = self.images[indices], self.labels[indices]
+        return replace(self, images=images, labels=labels, source=f"{self.source}, {len(labels):,} of them")
+
+
+# ---- Where the images come from
+
+
+def imagenette(split: str, root: Path | str | None = None, size: int = 160) -> ImageSet:
+    """Imagenette's "train" (9,469 images) or "val" (3,925), resized and cropped to `size` x `size`.
+
+    Takes the first of: `root`; the folder that IMAGENETTE_DIR names; the cache, ~/.cache/convnext_min; a download
+    into the cache. Where there is no network it says so and returns `offline_sample`. A folder holds
+    train/<class>/*.JPEG and val/<class>/*.JPEG, and may be other data than Imagenette's. Prints once what is used.
+
+    Raises FileNotFoundError if `root` or IMAGENETTE_DIR names something else, ValueError for a wrong `split`.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    if root is not None:
+        folder, origin = _checked(Path(root), "the given path"), "the given path"
+    elif os.environ.get("IMAGENETTE_DIR"):
+        folder, origin = _checked(Path(os.environ["IMAGENETTE_DIR"]), "IMAGENETTE_DIR"), "IMAGENETTE_DIR"
+    else:
+        folder, origin = _downloaded("160px" if size <= 160 else "320px"), "the cache"
+    if folder is None:
+        return offline_sample(split, size)
+    _say(f"Data: {folder.name} from {origin}")
+    return image_folder(folder / split, size)
+
+
+def image_folder(root: Path | str, size: int = 160) -> ImageSet:
+    """All images of root/<class>/, in the order of their paths: shorter side resized to `size`, centre cropped.
+
+    Any format and mode that PIL reads becomes RGB. A broken file is named in a warning and left out. Raises
+    FileNotFoundError for a class without images.
+    """
+    folders, paths, labels = list_images(root)
+    images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
+    with ThreadPoolExecutor(2) as pool:  # PIL decodes outside of the interpreter's lock
+        decoded = pool.map(functools.partial(_decode, size=size), paths)
+        broken = []
+        for index, pixels in enumerate(tqdm(decoded, "decoding", len(paths), unit="image", delay=1)):
+            if pixels is None:
+                broken.append(index)
+            else:
+                images[index] = pixels
+    if broken:
+        names = ", ".join(str(paths[index]) for index in broken[:5]) + (", ..." if len(broken) > 5 else "")
+        warnings.warn(f"skipped {len(broken)} of {len(paths)} files that cannot be decoded: {names}", stacklevel=2)
+        whole = torch.ones(len(paths), dtype=torch.bool)
+        whole[broken] = False
+        images, labels = images[whole], labels[whole]
+        _refuse_empty(folders, labels)
+    source = f"{folders[0].parents[1].name}/{folders[0].parent.name}: {len(labels):,} images at {size}x{size}"
+    classes = tuple(WNIDS.get(folder.name, folder.name) for folder in folders)
+    return ImageSet(images.permute(0, 3, 1, 2), labels, classes, source, tuple(paths[index] for index in broken))
+
+
+def list_images(root: Path | str) -> tuple[list[Path], list[Path], Tensor]:
+    """The class folders in `root`, all their image files, and the files' labels, without opening a file.
+
+    Raises FileNotFoundError if `root` has no class folders or a class has no image.
+    """
+    root = Path(root).expanduser().resolve()
+    folders = sorted(folder for folder in root.glob("[!.]*") if folder.is_dir())
+    if not folders:
+        raise FileNotFoundError(f"{root} holds no class folders; expected {root}/<class>/*.JPEG")
+    files = [sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS) for folder in folders]
+    labels = torch.repeat_interleave(torch.tensor([len(of_class) for of_class in files]))
+    _refuse_empty(folders, labels)
+    return folders, [file for of_class in files for file in of_class], labels
+
+
+def _refuse_empty(folders: list[Path], labels: Tensor) -> None:
+    for folder, count in zip(folders, torch.bincount(labels, minlength=len(folders)).tolist()):
+        if count == 0:
+            raise FileNotFoundError(f"class folder {folder} holds no readable image ({', '.join(IMG_EXTENSIONS)})")
+
+
+def _decode(path: Path, size: int) -> Tensor | None:
+    """Pixels (size, size, 3), or None for a broken file."""
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that is no smaller than that
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+        return None
+    return torch.from_numpy(np.array(square))
+
+
+def _checked(root: Path, origin: str) -> Path:
+    """The folder in or at `root` that holds train/ and val/, with the same classes in both."""
+    root = root.expanduser()
+    for folder in (root, *(root / Path(url).stem for url, _ in Imagenette._ARCHIVES.values())):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            only_one = {f.name for f in list_images(folder / "train")[0]} ^ {
+                f.name for f in list_images(folder / "val")[0]
+            }
+            if only_one:
+                raise FileNotFoundError(
+                    f"train/ and val/ in {folder} must have the same classes; in one only: {only_one}"
+                )
+            return folder.resolve()
+    missing = (
+        " and ".join(split for split in ("train/", "val/") if not (root / split).is_dir()) if root.is_dir() else root
+    )
+    raise FileNotFoundError(
+        f"{missing} not found in {origin}, {root}; expected {root}/train/<class>/*.JPEG and {root}/val/<class>/*.JPEG"
+    )
+
+
+@functools.cache  # so that one process never mixes images of Imagenette and drawn ones
+def _downloaded(px: str) -> Path | None:
+    """The cached folder of Imagenette at "160px" or "320px", downloaded if it is not there; None without network."""
+    url = Imagenette._ARCHIVES[px][0]
+    cache = Path.home() / ".cache" / "convnext_min"
+    folder = cache / Path(url).stem
+    if folder.is_dir():
+        return folder
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)  # seconds without an answer
+    try:
+        try:
+            urllib.request.urlopen(url).close()
+        except OSError as error:
+            _say(
+                f"Data: no network ({error}), so an offline sample of drawn images stands in for Imagenette; "
+                "set IMAGENETTE_DIR to use the real images"
+            )
+            return None
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as partial:  # a broken download leaves nothing behind
+            Imagenette(partial, "train", px, download=True)
+            (Path(partial) / folder.name).rename(folder)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return folder
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print `line`, once in a process."""
+    print(line, flush=True)
+
+
+# ---- Batches
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W) to float32, with ImageNet's mean and standard deviation brought to 0 and 1."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return images.float().sub_(mean).div_(std)
+
+
+class Batches:
+    """Normalized batches (x float32 (B, 3, resolution, resolution), y int64 (B,)) of an `ImageSet`.
+
+    In training: shuffled; a random part of the image, its area drawn from `scale` (fractions of the whole) and its
+    aspect ratio from 3/4 to 4/3, resized with antialiasing; flipped left to right half of the time. The last short
+    batch is dropped, unless it is the only one. In evaluation: whole images in order, every one.
+
+    Batch k of epoch i depends on `seed`, i and k alone. `resolution` may be set between epochs.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        batch_size: int,
+        resolution: int,
+        train: bool,
+        seed: int = 0,
+        scale: tuple[float, float] = (0.35, 1.0),
+    ):
+        if len(image_set) == 0 or batch_size < 1 or resolution < 1:
+            raise ValueError(
+                "images, batch_size and resolution must be positive; "
+                f"got {len(image_set)} images, batch_size={batch_size}, resolution={resolution}"
+            )
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must be two increasing fractions in (0, 1], got {scale}")
+        self.image_set = image_set
+        self.batch_size = batch_size
+        self.resolution = resolution
+        self.train = train
+        self.seed = seed
+        self.scale = scale
+
+    def __len__(self) -> int:
+        if self.train:
+            return max(1, len(self.image_set) // self.batch_size)
+        return math.ceil(len(self.image_set) / self.batch_size)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from batch `start` on, the same as if those before had been drawn."""
+        order = np.arange(len(self.image_set))
+        if self.train:
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        for k in range(start, len(self)):
+            indices = torch.from_numpy(order[k * self.batch_size : (k + 1) * self.batch_size])
+            if self.train:
+                images = self._augmented(indices, np.random.default_rng((self.seed, epoch, 1 + k)))
+            else:
+                images = _resized(self.image_set.images[indices], self.resolution)
+            yield normalize(images), self.image_set.labels[indices]
+
+    def _augmented(self, indices: Tensor, rng: np.random.Generator) -> Tensor:
+        """A random resized crop of each image, every second flipped: uint8 (B, 3, resolution, resolution)."""
+        images = self.image_set.images
+        tops, lefts, heights, widths = random_crops(len(indices), images.shape[-1], self.scale, rng)
+        out = images.new_empty(len(indices), 3, self.resolution, self.resolution)
+        for i, (index, top, left, height, width) in enumerate(zip(indices, tops, lefts, heights, widths)):
+            out[i] = _resized(images[index, None, :, top : top + height, left : left + width], self.resolution)[0]
+        flip = torch.from_numpy(rng.random(len(indices)) < 0.5)
+        out[flip] = out[flip].flip(-1)
+        return out
+
+
+def random_crops(n: int, size: int, scale: tuple[float, float], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Tops, lefts, heights and widths, in pixels, of `n` random boxes in square images of side `size`.
+
+    The area is uniform in `scale`, the logarithm of the aspect ratio uniform in that part of (3/4, 4/3) with which
+    a box of that area fits. (torchvision's RandomResizedCrop draws both again if the box does not fit.)
+    """
+    area = rng.uniform(*scale, n)
+    limit = np.minimum(np.log(4 / 3), -np.log(area))
+    ratio = np.exp(rng.uniform(-limit, limit))
+    heights, widths = (
+        np.maximum(1, np.rint(size * side).astype(int)) for side in (np.sqrt(area / ratio), np.sqrt(area * ratio))
+    )
+    return rng.integers(size - heights, endpoint=True), rng.integers(size - widths, endpoint=True), heights, widths
+
+
+def _resized(images: Tensor, resolution: int) -> Tensor:
+    return interpolate(images, (resolution, resolution), mode="bilinear", antialias=True)
+
+
+# ---- The offline sample
+
+
+def offline_sample(split: str, size: int = 64, number: int | None = None) -> ImageSet:
+    """Drawn images of ten classes, five shapes and five textures, the same on every call and made in seconds.
+
+    Place, scale, angle, colours, background, clutter and noise are random. `number` is 2,000 for "train" and 500
+    for "val" unless given. Classes take turns, so that every slice is balanced.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    number = number or {"train": 2000, "val": 500}[split]
+    images = torch.empty(number, 3, size, size, dtype=torch.uint8)
+    for label, pattern in enumerate(PATTERNS.values()):
+        mine = images[label :: len(PATTERNS)]
+        generator = torch.Generator().manual_seed(1000 * (split == "val") + label)
+        for part in mine.split(50):
+            part.copy_(_draw(pattern, len(part), size, generator))
+    labels = torch.arange(number) % len(PATTERNS)
+    return ImageSet(
+        images, labels, tuple(PATTERNS), f"offline sample, {split}: {number:,} drawn images at {size}x{size}"
+    )
+
+
+# Each gives the signed distance, negative inside, of points (u, v) to the pattern's edge, in units of its radius. All
+# tensors are (n, H, W) or (n, 1, 1); `count` is a random number that sets how fine a texture is.
+
+
+def _circle(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return torch.hypot(u, v) - 0.9
+
+
+def _triangle(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return torch.maximum(v, torch.maximum(0.866 * u, -0.866 * u) - 0.5 * v) - 0.5
+
+
+def _star(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    turn = (torch.atan2(v, u).remainder(math.tau / 5) - math.pi / 5).abs()  # 0 in a notch, pi / 5 at a point
+    along, across = torch.hypot(u, v) * turn.cos(), torch.hypot(u, v) * turn.sin()
+    return 0.834 * (along - 0.42) - 0.552 * across  # the line from the notch (0.42, 0) to the point (0.809, 0.588)
+
+
+def _ring(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return (torch.hypot(u, v) - 0.75).abs() - 0.2
+
+
+def _cross(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    u, v = u.abs(), v.abs()
+    return torch.maximum(torch.maximum(u, v) - 0.95, torch.minimum(u, v) - 0.3)
+
+
+def _stripes(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return torch.sin(count * u) / count
+
+
+def _checkerboard(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return torch.sin(count * u) * torch.sin(count * v) / count
+
+
+def _dots(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    cell = math.pi / count
+    return torch.hypot(u.remainder(cell) - cell / 2, v.remainder(cell) - cell / 2) - 0.33 * cell
+
+
+def _spiral(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return torch.sin(count * torch.hypot(u, v) + torch.atan2(v, u)) / count
+
+
+def _waves(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    return torch.sin(count * (v + 0.18 * torch.sin(6 * u))) / count
+
+
+SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "circle": _circle,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+}
+TEXTURES = {
+    "stripes": _stripes,
+    "checkerboard": _checkerboard,
+    "dots": _dots,
+    "spiral": _spiral,
+    "waves": _waves,
+}
+PATTERNS = SHAPES | TEXTURES
+
+
+def _draw(pattern: Callable[[Tensor, Tensor, Tensor], Tensor], n: int, size: int, generator: torch.Generator) -> Tensor:
+    """`n` pictures of one pattern, uint8 (n, 3, size, size)."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(n, *(shape or (1, 1))).uniform_(low, high, generator=generator)
+
+    def color(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+        """Hue, saturation and value (n, 1, 1) in [0, 1] as (n, 3, 1, 1)."""
+        fall = [(k + 6 * hue).remainder(6) for k in (5, 3, 1)]
+        return torch.stack([value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1)) for k in fall], 1)
+
+    def paint(picture: Tensor, distance: Tensor, paint: Tensor) -> Tensor:
+        """Cover the inside (negative `distance`, in widths of the picture / 2), with one pixel of soft edge."""
+        cover = (0.5 - distance * size / 2).clamp(0, 1)[:, None]
+        return picture + cover * (paint - picture)
+
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = axis[None, :, None], axis[None, None, :]
+
+    # Background: a colour that changes across the picture, with soft blotches
+    hue, value = uniform(0, 1), uniform(0, 1)
+    angle = uniform(0, math.tau)
+    slope = (angle.cos() * x + angle.sin() * y) * uniform(0, 0.15)
+    blotches = interpolate(uniform(-0.12, 0.12, 1, 5, 5), (size, size), mode="bicubic")[:, 0]
+    shade = 0.15 + 0.8 * value + slope + blotches
+    picture = color(hue, uniform(0.1, 0.7), shade)
+
+    # Clutter: small bars and ellipses
+    for _ in range(6):
+        angle, cx, cy = uniform(0, math.tau), uniform(-1, 1), uniform(-1, 1)
+        u, v = angle.cos() * (x - cx) + angle.sin() * (y - cy), angle.cos() * (y - cy) - angle.sin() * (x - cx)
+        a, b = uniform(0.05, 0.25), uniform(0.02, 0.12)
+        bar = torch.maximum(u.abs() - a, v.abs() - b)
+        ellipse = (torch.hypot(u / a, v / b) - 1) * torch.minimum(a, b)
+        picture = paint(
+            picture,
+            torch.where(uniform(0, 1) < 0.5, bar, ellipse),
+            color(uniform(0, 1), uniform(0.1, 0.8), uniform(0.1, 1)),
+        )
+
+    # The object, in a colour whose value is away from the background's
+    is_shape = pattern in SHAPES.values()
+    radius = uniform(0.3, 0.75) if is_shape else uniform(0.55, 1.0)
+    cx, cy = uniform(-1, 1) * (0.95 - radius), uniform(-1, 1) * (0.95 - radius)
+    angle = uniform(0, math.tau)
+    u = (angle.cos() * (x - cx) + angle.sin() * (y - cy)) / radius
+    v = (angle.cos() * (y - cy) - angle.sin() * (x - cx)) / radius
+    front = 0.15 + 0.8 * (value + uniform(0.35, 0.65)).remainder(1)
+    ink = color(uniform(0, 1), uniform(0.2, 0.9), front + 0.15 * u)
+    distance = pattern(u, v, uniform(9, 18))
+    if not is_shape:  # a texture fills a patch of random outline
+        corner = uniform(2, 8)
+        patch = (u.abs() ** corner + v.abs() ** corner) ** (1 / corner) - 1
+        distance = torch.maximum(distance, patch)
+    picture = paint(picture, distance * radius, ink)
+
+    picture = picture + uniform(0, 0.08)[:, None] * torch.randn(picture.shape, generator=generator)
+    return (picture * 255).round().clamp(0, 255).to(torch.uint8)
