@@ -3,6 +3,7 @@
 A set of images is held in memory as one uint8 tensor (`ImageSet`); `Batches` crops, flips and normalizes it.
 """
 
+import colorsys
 import functools
 import math
 import os
@@ -10,7 +11,7 @@ import socket
 import tempfile
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,7 +208,7 @@ def _say(line: str) -> None:
 def normalize(images: Tensor) -> Tensor:
     """uint8 images (N, 3, H, W) to float32, with ImageNet's mean and standard deviation brought to 0 and 1."""
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return images.float().sub_(mean).div_(std)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 class Batches:
@@ -296,146 +297,107 @@ def _resized(images: Tensor, resolution: int) -> Tensor:
 
 
 def offline_sample(split: str, size: int = 64, number: int | None = None) -> ImageSet:
-    """Drawn images of ten classes, five shapes and five textures, the same on every call and made in seconds.
+    """Drawn images of ten classes, five shapes and five textures, the same on every call.
 
     Place, scale, angle, colours, background, clutter and noise are random. `number` is 2,000 for "train" and 500
-    for "val" unless given. Classes take turns, so that every slice is balanced.
+    for "val" unless given; fewer are the first of them. Classes take turns, so that every slice is balanced.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     number = number or {"train": 2000, "val": 500}[split]
-    images = torch.empty(number, 3, size, size, dtype=torch.uint8)
-    for label, pattern in enumerate(PATTERNS.values()):
-        mine = images[label :: len(PATTERNS)]
-        generator = torch.Generator().manual_seed(1000 * (split == "val") + label)
-        for part in mine.split(50):
-            part.copy_(_draw(pattern, len(part), size, generator))
+    images = torch.empty(number, size, size, 3, dtype=torch.uint8)
+    for index in tqdm(range(number), "drawing", unit="image", delay=2):
+        rng = np.random.default_rng((split == "val", index))
+        images[index] = torch.from_numpy(_draw(PATTERNS[index % len(PATTERNS)], size, rng))
     labels = torch.arange(number) % len(PATTERNS)
-    return ImageSet(
-        images, labels, tuple(PATTERNS), f"offline sample, {split}: {number:,} drawn images at {size}x{size}"
-    )
+    source = f"offline sample, {split}: {number:,} drawn images at {size}x{size}"
+    return ImageSet(images.permute(0, 3, 1, 2), labels, PATTERNS, source)
 
 
-# Each gives the signed distance, negative inside, of points (u, v) to the pattern's edge, in units of its radius. All
-# tensors are (n, H, W) or (n, 1, 1); `count` is a random number that sets how fine a texture is.
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(v, math.sqrt(3) / 2 * np.abs(u) - v / 2) - 0.5
 
 
-def _circle(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return torch.hypot(u, v) - 0.9
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    turn = np.abs(np.arctan2(v, u) % (math.tau / 5) - math.pi / 5)  # 0 at a notch, pi / 5 at a point
+    radius = np.hypot(u, v)
+    return 0.834 * (radius * np.cos(turn) - 0.42) - 0.552 * radius * np.sin(turn)  # the line from a notch to a point
 
 
-def _triangle(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return torch.maximum(v, torch.maximum(0.866 * u, -0.866 * u) - 0.5 * v) - 0.5
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.3)
 
 
-def _star(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    turn = (torch.atan2(v, u).remainder(math.tau / 5) - math.pi / 5).abs()  # 0 in a notch, pi / 5 at a point
-    along, across = torch.hypot(u, v) * turn.cos(), torch.hypot(u, v) * turn.sin()
-    return 0.834 * (along - 0.42) - 0.552 * across  # the line from the notch (0.42, 0) to the point (0.809, 0.588)
+def _dots(u: np.ndarray, v: np.ndarray, waves: float) -> np.ndarray:
+    cell = math.pi / waves
+    return np.hypot(u % cell - cell / 2, v % cell - cell / 2) - 0.33 * cell
 
 
-def _ring(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return (torch.hypot(u, v) - 0.75).abs() - 0.2
-
-
-def _cross(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    u, v = u.abs(), v.abs()
-    return torch.maximum(torch.maximum(u, v) - 0.95, torch.minimum(u, v) - 0.3)
-
-
-def _stripes(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return torch.sin(count * u) / count
-
-
-def _checkerboard(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return torch.sin(count * u) * torch.sin(count * v) / count
-
-
-def _dots(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    cell = math.pi / count
-    return torch.hypot(u.remainder(cell) - cell / 2, v.remainder(cell) - cell / 2) - 0.33 * cell
-
-
-def _spiral(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return torch.sin(count * torch.hypot(u, v) + torch.atan2(v, u)) / count
-
-
-def _waves(u: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    return torch.sin(count * (v + 0.18 * torch.sin(6 * u))) / count
-
-
-SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "circle": _circle,
+# The distance, negative inside, of points (u, v) to the edge of an object of radius 1 around (0, 0). Textures have
+# about `waves` / 3 periods across it.
+SHAPES = {
+    "circle": lambda u, v: np.hypot(u, v) - 0.9,
     "triangle": _triangle,
     "star": _star,
-    "ring": _ring,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.2,
     "cross": _cross,
 }
 TEXTURES = {
-    "stripes": _stripes,
-    "checkerboard": _checkerboard,
+    "stripes": lambda u, v, waves: np.sin(waves * u) / waves,
+    "checkerboard": lambda u, v, waves: np.sin(waves * u) * np.sin(waves * v) / waves,
     "dots": _dots,
-    "spiral": _spiral,
-    "waves": _waves,
+    "spiral": lambda u, v, waves: np.sin(waves * np.hypot(u, v) + np.arctan2(v, u)) / waves,
+    "waves": lambda u, v, waves: np.sin(waves * (v + 0.18 * np.sin(6 * u))) / waves,
 }
-PATTERNS = SHAPES | TEXTURES
+PATTERNS = (*SHAPES, *TEXTURES)
 
 
-def _draw(pattern: Callable[[Tensor, Tensor, Tensor], Tensor], n: int, size: int, generator: torch.Generator) -> Tensor:
-    """`n` pictures of one pattern, uint8 (n, 3, size, size)."""
+def _draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """One picture of a shape or texture, uint8 (size, size, 3)."""
+    uniform = rng.uniform
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    x, y = axis[None, :], axis[:, None]
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.empty(n, *(shape or (1, 1))).uniform_(low, high, generator=generator)
+    def turned(cx: float, cy: float) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates around (cx, cy), turned by a random angle."""
+        cos, sin = math.cos(angle := uniform(0, math.tau)), math.sin(angle)
+        return cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
 
-    def color(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-        """Hue, saturation and value (n, 1, 1) in [0, 1] as (n, 3, 1, 1)."""
-        fall = [(k + 6 * hue).remainder(6) for k in (5, 3, 1)]
-        return torch.stack([value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1)) for k in fall], 1)
+    def color(value: float, saturation: tuple[float, float]) -> np.ndarray:
+        """A random hue."""
+        return np.array(colorsys.hsv_to_rgb(uniform(0, 1), uniform(*saturation), value), np.float32)
 
-    def paint(picture: Tensor, distance: Tensor, paint: Tensor) -> Tensor:
-        """Cover the inside (negative `distance`, in widths of the picture / 2), with one pixel of soft edge."""
-        cover = (0.5 - distance * size / 2).clamp(0, 1)[:, None]
-        return picture + cover * (paint - picture)
+    def paint(distance: np.ndarray, ink: np.ndarray) -> None:
+        """Put `ink` where `distance`, in half widths of the picture, is negative; one pixel of soft edge."""
+        nonlocal picture
+        cover = np.clip(0.5 - distance * (size / 2), 0, 1)[..., None]
+        picture = picture + cover * (ink - picture)
 
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = axis[None, :, None], axis[None, None, :]
-
-    # Background: a colour that changes across the picture, with soft blotches
-    hue, value = uniform(0, 1), uniform(0, 1)
-    angle = uniform(0, math.tau)
-    slope = (angle.cos() * x + angle.sin() * y) * uniform(0, 0.15)
-    blotches = interpolate(uniform(-0.12, 0.12, 1, 5, 5), (size, size), mode="bicubic")[:, 0]
-    shade = 0.15 + 0.8 * value + slope + blotches
-    picture = color(hue, uniform(0.1, 0.7), shade)
+    # Background: one colour, with a soft pattern of light and shade
+    value = uniform(0, 1)
+    light = sum(uniform(0, 0.08) * np.sin(uniform(1, 6) * turned(0, 0)[0] + uniform(0, math.tau)) for _ in range(3))
+    picture = color(0.15 + 0.8 * value, (0.1, 0.7)) * (1 + light[..., None])
 
     # Clutter: small bars and ellipses
-    for _ in range(6):
-        angle, cx, cy = uniform(0, math.tau), uniform(-1, 1), uniform(-1, 1)
-        u, v = angle.cos() * (x - cx) + angle.sin() * (y - cy), angle.cos() * (y - cy) - angle.sin() * (x - cx)
+    for _ in range(rng.integers(3, 9)):
+        u, v = turned(uniform(-1, 1), uniform(-1, 1))
         a, b = uniform(0.05, 0.25), uniform(0.02, 0.12)
-        bar = torch.maximum(u.abs() - a, v.abs() - b)
-        ellipse = (torch.hypot(u / a, v / b) - 1) * torch.minimum(a, b)
-        picture = paint(
-            picture,
-            torch.where(uniform(0, 1) < 0.5, bar, ellipse),
-            color(uniform(0, 1), uniform(0.1, 0.8), uniform(0.1, 1)),
-        )
+        bar = np.maximum(np.abs(u) - a, np.abs(v) - b)
+        ellipse = (np.hypot(u / a, v / b) - 1) * min(a, b)
+        paint(bar if uniform(0, 1) < 0.5 else ellipse, color(uniform(0.1, 1), (0.1, 0.8)))
 
-    # The object, in a colour whose value is away from the background's
-    is_shape = pattern in SHAPES.values()
-    radius = uniform(0.3, 0.75) if is_shape else uniform(0.55, 1.0)
-    cx, cy = uniform(-1, 1) * (0.95 - radius), uniform(-1, 1) * (0.95 - radius)
-    angle = uniform(0, math.tau)
-    u = (angle.cos() * (x - cx) + angle.sin() * (y - cy)) / radius
-    v = (angle.cos() * (y - cy) - angle.sin() * (x - cx)) / radius
-    front = 0.15 + 0.8 * (value + uniform(0.35, 0.65)).remainder(1)
-    ink = color(uniform(0, 1), uniform(0.2, 0.9), front + 0.15 * u)
-    distance = pattern(u, v, uniform(9, 18))
-    if not is_shape:  # a texture fills a patch of random outline
-        corner = uniform(2, 8)
-        patch = (u.abs() ** corner + v.abs() ** corner) ** (1 / corner) - 1
-        distance = torch.maximum(distance, patch)
-    picture = paint(picture, distance * radius, ink)
+    # The object, lighter or darker than the background
+    radius = uniform(0.3, 0.75) if name in SHAPES else uniform(0.5, 0.95)
+    u, v = (axis / radius for axis in turned(uniform(radius - 1, 1 - radius), uniform(radius - 1, 1 - radius)))
+    if name in SHAPES:
+        distance = SHAPES[name](u, v)
+    else:  # a patch of the texture, of a form between a disc and a square
+        power = uniform(2, 8)
+        patch = (np.abs(u) ** power + np.abs(v) ** power) ** (1 / power) - 1
+        distance = np.maximum(TEXTURES[name](u, v, uniform(9, 18)), patch)
+    ink = color(0.15 + 0.8 * ((value + uniform(0.35, 0.65)) % 1), (0.2, 0.9))
+    paint(distance * radius, ink * (1 + 0.15 * u[..., None]))
 
-    picture = picture + uniform(0, 0.08)[:, None] * torch.randn(picture.shape, generator=generator)
-    return (picture * 255).round().clamp(0, 255).to(torch.uint8)
+    picture = picture + uniform(0, 0.08) * rng.standard_normal(picture.shape, np.float32)
+    return np.rint(255 * picture.clip(0, 1)).astype(np.uint8)
