@@ -1,0 +1,129 @@
+"""What a run leaves behind: checkpoints, the log for people and for TensorBoard, a curve, and how to repeat it."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write, flush to the disk, rename: whatever happens, `path` is a whole checkpoint, the old one or the new."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """The contents of a checkpoint, on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a file that is cut off or something else; both name the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, depending on where the file is cut off
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is cut off, or no checkpoint of convnext_min.train ({reason})") from error
+    if not isinstance(state, dict) or "weights" not in state:
+        raise ValueError(f"{path} holds no checkpoint of convnext_min.train")
+    return state
+
+
+class Log:
+    """The rows of a run in `folder`: log.csv is written anew with each, TensorBoard's events are appended."""
+
+    def __init__(self, folder: Path, step: int):
+        self.folder = folder
+        self.events = SummaryWriter(str(folder), purge_step=step)
+
+    def write(self, rows: list[dict]) -> None:
+        """Record `rows`, of which the last is new."""
+        with open(self.folder / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[-1])
+            writer.writeheader()
+            writer.writerows(rows)
+        for name, value in rows[-1].items():
+            if name not in ("epoch", "step") and value is not None:
+                self.events.add_scalar(name, value, rows[-1]["step"])
+        self.events.flush()
+
+
+def draw_curve(rows: list[dict], path: Path) -> None:
+    """Draw losses and accuracies over the epochs."""
+    import matplotlib.pyplot as plt  # takes seconds, and only here
+
+    from convnext_min import plots
+
+    plots.use_style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axes, names, unit in (
+        (left, {"train_loss": "training", "val_loss": "validation"}, 1),
+        (right, {"top1": "weights", "ema_top1": "averaged weights"}, 100),
+    ):
+        for name, label in names.items():
+            points = [(row["epoch"], unit * row[name]) for row in rows if row[name] is not None]
+            if points:
+                axes.plot(*zip(*points), marker="o", markersize=3, label=label)
+        axes.set_xlabel("epoch")
+        axes.legend(frameon=False)
+    left.set_ylabel("cross-entropy")
+    right.set_ylabel("validation top-1 (%)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def most_confused(predictions: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
+    """The two classes that are taken for each other most often, with the counts, in words."""
+    n = len(classes)
+    matrix = torch.bincount(n * labels + predictions, minlength=n * n).view(n, n).fill_diagonal_(0)  # (true, answer)
+    a, b = divmod(int((matrix + matrix.T).argmax()), n)
+    return (
+        f"{classes[a]} taken for {classes[b]} {matrix[a, b]} times, {classes[b]} for {classes[a]} {matrix[b, a]} times"
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides the recipe: command, commit, versions and machine."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return {
+        "command": ["python", *sys.orig_argv[1:]],
+        "commit": found.stdout.strip() or None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+        "machine": {
+            "system": platform.platform(),
+            "cpu": capabilities.get("cpu_name") or platform.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write `values` as readable JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
