@@ -23,8 +23,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from convnext_min import paper
 from convnext_min.convnext import DropPath, LayerNorm
-from convnext_min.measure import count_macs, road_table, throughput
-from convnext_min.roadmap import REGIMES
+from convnext_min.measure import count_macs, count_parameters, road_table, throughput
+from convnext_min.roadmap import REGIMES, build
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#7a7a7a"
@@ -135,13 +135,20 @@ def road(regime: str = "resnet50") -> Figure:
 
 
 def curve(rows: Sequence[Mapping]) -> Figure:
-    """A run's training curve from its log, one mapping an epoch with `epoch`, `train_loss` and `val_top1` (percent)."""
+    """Losses and accuracies over the epochs, from the log of a run: the rows that `train.train` returns."""
     fig, (left, right) = figure(2.8, 2)
-    epochs = [float(row["epoch"]) for row in rows]
-    left.plot(epochs, [float(row["train_loss"]) for row in rows], color=ORANGE)
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.plot(epochs, [float(row["val_top1"]) for row in rows], color=BLUE)
-    right.set(xlabel="epoch", ylabel="validation top-1 (%)")
+    for ax, names, unit in (
+        (left, {"train_loss": "training", "val_loss": "validation"}, 1),
+        (right, {"top1": "weights", "ema_top1": "averaged weights"}, 100),
+    ):
+        for name, label in names.items():
+            points = [(row["epoch"], unit * row[name]) for row in rows if row[name] is not None]
+            if points:
+                ax.plot(*zip(*points), marker="o", markersize=3, label=label)
+        ax.set_xlabel("epoch")
+        ax.legend()
+    left.set_ylabel("cross-entropy")
+    right.set_ylabel("validation top-1 (%)")
     return fig
 
 
@@ -202,12 +209,13 @@ def step_table(*slugs: str) -> Table:
     """Cost of road steps beside the paper's: both regimes, GMACs at 224 px, parameters, published top-1."""
     rows = []
     for regime, published in paper.ROADS.items():
-        measured = {row["slug"]: row for row in road_table(regime)}
         for slug in slugs:
-            row, std = measured[slug], published[slug].std
-            top1 = f"{row['paper_top1']:.2f}" + (f" ± {std:.2f}" if std else "")
-            costs = (f"{row['gmacs']:.3f}", f"{row['paper_gmacs']:.2f}", f"{row['params'] / 1e6:.2f}", top1)
-            rows.append((row["label"], {"resnet50": "10", "resnet200": "11"}[regime], *costs))
+            with torch.device("meta"):
+                model = build(slug, regime)
+            row = published[slug]
+            top1 = f"{row.top1:.2f}" + (f" ± {row.std:.2f}" if row.std else "")
+            costs = (f"{count_macs(model) / 1e9:.3f}", f"{row.gmacs:.2f}", f"{count_parameters(model) / 1e6:.2f}", top1)
+            rows.append((row.label, {"resnet50": "10", "resnet200": "11"}[regime], *costs))
     return table(("step", "paper's Table", "GMACs here", "GMACs paper", "params (M)", "top-1 paper (%)"), rows)
 
 
@@ -279,13 +287,15 @@ def _op(module: nn.Module, before: tuple[int, ...], after: tuple[int, ...]) -> O
 def trace(module: nn.Module, shape: tuple[int, int, int]) -> Diagram:
     """The diagram of a module that maps (C, H, W) to (C', H', W') with at most one residual addition.
 
-    Follows the forward pass, so that a layer used twice appears twice. Raises TypeError for a layer without a box,
-    ValueError for more than one addition.
+    Follows the forward pass, so that a layer used twice appears twice. Raises TypeError for an operation without a
+    box, ValueError for more than one addition.
     """
-    graph = fx.GraphModule(module, _Tracer().trace(module))
+    root = nn.Sequential(module)  # so that a single layer is traced as a layer, too
+    graph = fx.GraphModule(root, _Tracer().trace(root))
     ShapeProp(graph).propagate(torch.zeros(1, *shape))
     layers = dict(graph.named_modules())
-    paths, sums = {}, []  # paths: node -> the boxes between it and the module's input, or the sum
+    paths = {}  # node -> the boxes between it and the module's input, or the sum
+    sums = []  # the paths of the two terms
     channels_last = {}  # node -> whether its tensor is (N, H, W, C)
 
     def chw(node: fx.Node) -> tuple[int, int, int]:
@@ -293,23 +303,27 @@ def trace(module: nn.Module, shape: tuple[int, int, int]) -> Diagram:
         return (c, a, b) if channels_last[node] else (a, b, c)
 
     for node in graph.graph.nodes:
-        inputs = [arg for arg in node.all_input_nodes if arg.op != "get_attr"]
+        if node.op == "get_attr":
+            continue
         if node.op == "placeholder":
             paths[node], channels_last[node] = (), False
-        elif node.op == "call_function" and node.target in (operator.add, torch.add) and len(inputs) == 2:
-            sums.append(tuple(paths[arg] for arg in node.args))
-            paths[node], channels_last[node] = (), False
-        elif node.op in ("call_module", "call_function", "call_method"):
-            source = inputs[-1]
-            channels_last[node] = channels_last[source]
-            if node.target == "permute":
-                channels_last[node] = node.args[1:] == (0, 2, 3, 1)
-            op = _op(layers[node.target], chw(source), chw(node)) if node.op == "call_module" else None
-            if node.target is operator.mul:
-                op = Op("× γ", "other", chw(source), chw(node))
-            paths[node] = paths[source] + ((op,) if op else ())
-        elif node.op == "output":
-            tail = paths[inputs[0]]
+            continue
+        *others, source = (arg for arg in node.all_input_nodes if arg.op != "get_attr")
+        channels_last[node] = node.args[1:] == (0, 2, 3, 1) if node.target == "permute" else channels_last[source]
+        if node.op == "output":
+            tail = paths[source]
+        elif node.target is operator.add and others:
+            sums.append([paths[term] for term in node.args])
+            paths[node] = ()
+        elif node.op == "call_module":
+            op = _op(layers[node.target], chw(source), chw(node))
+            paths[node] = (*paths[source], op) if op else paths[source]
+        elif node.target is operator.mul:
+            paths[node] = (*paths[source], Op("× γ", "other", chw(source), chw(node)))
+        elif node.target == "permute":
+            paths[node] = paths[source]
+        else:
+            raise TypeError(f"no box for {node.target}")
     if len(sums) > 1:
         raise ValueError(f"a diagram has at most one addition, {type(module).__name__} has {len(sums)}")
     if not sums:
