@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 RANGES = (  # fields, what holds for their values, and how to say it
     (("epochs", "minutes", "batch_size", "base_lr", "base_batch"), lambda value: value > 0, "positive"),
     (("clip_grad", "ema_horizon", "width_multiplier"), lambda value: value > 0, "positive"),
-    (("image_size", "resolution", "eval_resolution"), lambda value: value > 0, "positive"),
+    (("image_size", "resolution", "eval_resolution"), lambda value: value >= 32, "at least 32"),
     (
         ("warmup", "label_smoothing", "drop_path", "erasing", "ema_decay"),
         lambda value: 0 <= value < 1,
@@ -25,7 +25,11 @@ RANGES = (  # fields, what holds for their values, and how to say it
         lambda value: value >= 0,
         "0 or more",
     ),
-    (("progressive",), lambda value: list(value) == sorted(value), "in the order of its fractions"),
+    (
+        ("progressive",),
+        lambda value: list(value) == sorted(value) and all(0 < until < 1 and side >= 32 for until, side in value),
+        "pairs of a growing fraction of the run and a side of at least 32",
+    ),
     (("amp",), lambda value: value in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
 )
 

@@ -44,22 +44,44 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 class Log:
-    """The rows of a run in `folder`: log.csv is written anew with each, TensorBoard's events are appended."""
+    """The rows of a run: printed, and beside the checkpoint, if given, as log.csv and as TensorBoard's events."""
 
-    def __init__(self, folder: Path, step: int):
-        self.folder = folder
-        self.events = SummaryWriter(str(folder), purge_step=step)
+    def __init__(self, checkpoint: Path | None, step: int):
+        self.folder = self.events = None
+        if checkpoint:
+            self.folder = checkpoint.parent
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.events = SummaryWriter(str(self.folder), purge_step=step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.events:
+            self.events.close()
 
     def write(self, rows: list[dict]) -> None:
         """Record `rows`, of which the last is new."""
-        with open(self.folder / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[-1])
-            writer.writeheader()
-            writer.writerows(rows)
-        for name, value in rows[-1].items():
-            if name not in ("epoch", "step") and value is not None:
-                self.events.add_scalar(name, value, rows[-1]["step"])
-        self.events.flush()
+        print(line(rows[-1]), flush=True)
+        if self.folder:
+            with open(self.folder / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[-1])
+                writer.writeheader()
+                writer.writerows(rows)
+            for name, value in rows[-1].items():
+                if name not in ("epoch", "step") and value is not None:
+                    self.events.add_scalar(name, value, rows[-1]["step"])
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the log for the reader at the terminal."""
+    text = f"epoch {row['epoch']:g}: training loss {row['train_loss']:.3f}"
+    if row["val_loss"] is not None:
+        text += f", validation loss {row['val_loss']:.3f}"
+    for name, label in (("top1", "top-1"), ("ema_top1", "averaged")):
+        if row[name] is not None:
+            text += f", {label} {row[name]:.1%}"
+    return f"{text} ({row['images_per_second']:.0f} images/s at {row['resolution']} px, {row['seconds']:.0f} s)"
 
 
 def draw_curve(rows: list[dict], path: Path) -> None:
