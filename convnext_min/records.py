@@ -36,7 +36,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, depending on where the file is cut off
-        reason = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         raise ValueError(f"{path} is cut off, or no checkpoint of convnext_min.train ({reason})") from error
     if not isinstance(state, dict) or "weights" not in state:
         raise ValueError(f"{path} holds no checkpoint of convnext_min.train")
@@ -102,8 +102,10 @@ def draw_curve(rows: list[dict], path: Path) -> None:
                 axes.plot(*zip(*points), marker="o", markersize=3, label=label)
         axes.set_xlabel("epoch")
         axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("cross-entropy")
     right.set_ylabel("validation top-1 (%)")
+    right.set_ylim(bottom=0)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -1,0 +1,67 @@
+"""What is in a picture: `python -m convnext_min.predict --checkpoint runs/first/checkpoint.pt image.jpg ...`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnext_min import data
+from convnext_min.data import Batches, ImageSet
+from convnext_min.recipes import Recipe
+from convnext_min.records import load_checkpoint
+from convnext_min.train import make_model
+
+
+def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint of `convnext_min.train`, in eval mode with the weights to use, and the checkpoint.
+
+    Raises FileNotFoundError, or ValueError for a file that is no such checkpoint or is of a network without a name.
+    """
+    state = load_checkpoint(checkpoint)
+    try:
+        model = make_model(state["model"], Recipe(**state["recipe"]), len(state["classes"]))
+    except (TypeError, ValueError) as error:  # the name of a class, from a notebook; a recipe of another version
+        raise ValueError(f"the network in {checkpoint} cannot be built: {error}") from error
+    model.load_state_dict(state["ema"] or state["weights"])
+    return model.eval(), state
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, resolution: int) -> Tensor:
+    """Probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as `convnext_min.train` evaluates."""
+    image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), (), "")
+    batches = Batches(image_set, batch_size=64, resolution=resolution, train=False)
+    return torch.cat([model(x).softmax(1) for x, _ in batches.epoch()])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: a block of lines for each image that can be read, the others named; exit code 1 if any."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.predict", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run")
+    parser.add_argument("--top", type=int, default=3, help="how many classes to print for an image")
+    parser.add_argument("images", nargs="+", help="image files")
+    args = parser.parse_args(argv)
+    try:
+        model, state = load_model(args.checkpoint)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    recipe, bad = state["recipe"], 0
+    for path in args.images:
+        pixels = data._decode(Path(path), recipe["image_size"])  # (S, S, 3), or None
+        if pixels is None:
+            bad += 1
+            reason = "cannot be read as an image" if Path(path).is_file() else "is not a file"
+            print(f"error: {path} {reason}", file=sys.stderr)
+            continue
+        probabilities = predict(model, pixels.permute(2, 0, 1)[None], recipe["eval_resolution"])[0]
+        print(path)
+        for probability, label in zip(*probabilities.topk(min(args.top, len(probabilities)))):
+            print(f"  {probability:6.1%}  {state['classes'][label]}")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
