@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from convnext_min import blocks
 from convnext_min.measure import count_macs, count_parameters
+from convnext_min.roadmap import REGIMES, RoadNet
 
 
 def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int, int] = (2, 3, 64, 64)) -> None:
@@ -93,3 +95,42 @@ def expect(value, right, what: str, tolerance: float = 0.0, reveal: bool = True)
 def solved(message: str) -> None:
     """Print the line that ends every exercise's check."""
     print(f"correct: {message}")
+
+
+# 05 Large kernels
+
+
+def check_dilated_block(answer) -> None:
+    """Exercise 5.1: the reach of a 7x7 kernel at the cost of a 3x3 one."""
+    for stride in (1, 2):
+        block, right = answer(8, 8 * stride, stride), blocks.MovedUpBlock(8, 8 * stride, stride)
+        expect(count_macs(block, 28, 8), count_macs(right, 28, 8), f"MACs with stride {stride}")
+        image = torch.zeros(1, 8, 28, 28, requires_grad=True)
+        out = block.dwconv(image)
+        expect(tuple(out.shape), (1, 8, 28 // stride, 28 // stride), f"shape after dwconv with stride {stride}")
+        out[..., 14 // stride, 14 // stride].sum().backward()
+        rows = image.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+        expect(int(rows[-1] - rows[0]) + 1, 7, f"reach with stride {stride}, in positions")
+    solved("nine taps, three apart, reach over seven positions")
+
+
+def check_stack_of_threes(answer) -> None:
+    """Exercise 5.2: how many 3x3 convolutions reach as far as one k x k, and for what fraction of its MACs."""
+    for kernel_size in (3, 5, 7, 11):
+        layers, fraction = answer(kernel_size)
+        expect(layers, (kernel_size - 1) // 2, f"layers for kernel size {kernel_size}", reveal=False)
+        right = layers * 9 / kernel_size**2
+        expect(fraction, right, f"fraction of the MACs for kernel size {kernel_size}", 1e-3, reveal=False)
+    solved("fewer MACs, in more layers")
+
+
+def check_depthwise_macs_of_design(answer) -> None:
+    """Exercise 5.3: MACs of all depthwise convolutions of a design at 224 px, held to PyTorch's counter."""
+    for regime, steps in REGIMES.items():
+        with torch.device("meta"):
+            small, large = (count_macs(RoadNet(steps[slug])) for slug in ("move_up", "kernel11"))
+        one_tap = (large - small) // (11**2 - 3**2)
+        for slug in ("move_up", "kernel7", "kernel11"):
+            right = one_tap * steps[slug].kernel_size ** 2
+            expect(answer(steps[slug]), right, f"MACs of the depthwise convolutions of {slug}, {regime}", reveal=False)
+    solved("the counter's figure in both regimes")
