@@ -7,13 +7,15 @@ it is right. `attempt` runs a check in a notebook without stopping it.
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from convnext_min import blocks
 from convnext_min.measure import count_macs, count_parameters
-from convnext_min.roadmap import REGIMES, RoadNet
+from convnext_min.recipes import Recipe
+from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
 
 
 def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int, int] = (2, 3, 64, 64)) -> None:
@@ -95,6 +97,88 @@ def expect(value, right, what: str, tolerance: float = 0.0, reveal: bool = True)
 def solved(message: str) -> None:
     """Print the line that ends every exercise's check."""
     print(f"correct: {message}")
+
+
+# 01 ResNet-50 and the recipe
+
+
+def check_bottleneck_macs(answer) -> None:
+    """Exercise 1.1: MACs of a bottleneck, held to PyTorch's counter."""
+    for width, size in ((64, 56), (80, 20), (512, 7)):
+        right = count_macs(blocks.Bottleneck(4 * width, width), size, 4 * width)
+        expect(answer(width, size), right, f"bottleneck_macs({width}, {size})", reveal=False)
+    solved("17 multiplications for each pair of inner channels and each pixel")
+
+
+def check_projection_share(answer) -> None:
+    """Exercise 1.2: the fraction of ResNet-50's MACs in its four projection shortcuts at 224 px."""
+    with torch.device("meta"):
+        model = build("resnet50")
+    convs = [stage[0].shortcut[0] for stage in model.stages]
+    macs = sum(conv.in_channels * conv.out_channels * (56 // 2**i) ** 2 for i, conv in enumerate(convs))
+    expect(answer, macs / count_macs(model), "projection_share()", 1e-3, reveal=False)
+    solved("more than a tenth of the MACs brings the input to the shape of the output")
+
+
+def check_learning_rate(answer) -> None:
+    """Exercise 1.3: linear warm-up and half a cosine, held to the trainer's schedule."""
+    paper = {"epochs": 300, "warmup": 20, "peak": 4e-3, "end": 1e-6}
+    for setting in (paper, {"epochs": 90, "warmup": 5, "peak": 1e-3, "end": 1e-5}):
+        epochs, peak = setting["epochs"], setting["peak"]
+        recipe = Recipe(epochs, warmup=setting["warmup"] / epochs, base_lr=peak, min_lr=setting["end"])
+        for epoch in (0, 2.5, setting["warmup"], 40, epochs // 2, epochs):
+            right = recipe.lr_at(epoch / epochs)
+            expect(answer(epoch, **setting), right, f"learning_rate({epoch}, **{setting})", 1e-6)
+    solved("the trainer's schedule")
+
+
+def check_drop_path_rates(answer) -> None:
+    """Exercise 1.4: stochastic depth grows over all blocks, held to the rates of a built network."""
+    for depths, rate in (((3, 3, 9, 3), 0.1), ((2, 2, 6, 2), 0.4)):
+        built = RoadNet(replace(STEPS["resnet50"], depths=depths, width=4), drop_path_rate=rate)
+        rates = answer(depths, rate)
+        expect([len(stage) for stage in rates], list(depths), f"blocks in the stages of depths {depths}")
+        for i, (stage, right) in enumerate(zip(rates, built.stages)):
+            right = torch.tensor([block.drop_path.rate for block in right])
+            expect(torch.tensor(stage), right, f"rates of stage {i + 1}, depths {depths}", 1e-4)
+    solved("from 0 at the first block of the network to the full rate at its last")
+
+
+# 02 Macro design
+
+
+def check_network_macs(answer) -> None:
+    """Exercise 2.1: MACs of a ResNet of any depths from measured parts, held to PyTorch's counter."""
+    for depths in ((3, 4, 6, 3), (3, 3, 9, 3), (2, 2, 2, 2), (1, 8, 5, 1)):
+        with torch.device("meta"):
+            right = count_macs(RoadNet(replace(STEPS["resnet50"], depths=depths)))
+        expect(answer(depths), right, f"network_macs({depths})", reveal=False)
+    solved("every further block costs the same, in whatever stage it is")
+
+
+def check_patchify_linear(answer) -> None:
+    """Exercise 2.2: the patchify stem without a convolution."""
+    generator = torch.Generator().manual_seed(0)
+    images, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 16, 24), (5, 3, 4, 4), (5,)))
+    right = nn.functional.conv2d(images, weight, bias, stride=4)
+    expect(answer(images, weight, bias), right, "patchify_linear(images, weight, bias)", 1e-4)
+    solved("patches do not overlap, so cutting and one matrix product are enough")
+
+
+def check_shift_error(answer) -> None:
+    """Exercise 2.3: how much of a stem's output changes, beyond moving, when the image moves."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    for slug in ("resnet50", "patchify"):
+        stem = build(slug, width_multiplier=0.25).stem.eval()
+        for shift in (1, 2, 4):
+            with torch.no_grad():
+                before, after = stem(images).roll(shift // 4, -1), stem(images.roll(shift, -1))
+            right = ((after - before).abs().mean() / before.abs().mean()).item()
+            value = answer(stem, images, shift)
+            if not isinstance(value, (int, float)) or not math.isclose(value, right, rel_tol=1e-3, abs_tol=1e-6):
+                raise AssertionError(f"shift_error of the {slug} stem at {shift} px: got {value}, which is not right")
+    solved("a patchify stem follows a shift exactly if it is a whole patch, and only then")
 
 
 # 05 Large kernels
