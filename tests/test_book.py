@@ -1,0 +1,103 @@
+"""Checks of the built pages, _build/html: run `make book` first."""
+
+import re
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parents[1]
+HTML = ROOT / "_build" / "html"
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+PAGES = sorted(path for path in HTML.rglob("*.html") if "_static" not in path.parts)
+LOADED_LINKS = {"stylesheet", "preload", "modulepreload", "icon", "preconnect", "dns-prefetch", "manifest"}
+REMOTE = re.compile(r"^(https?:)?//")
+
+
+@cache
+def soup(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(), "html.parser")
+
+
+@cache
+def anchors(path: Path) -> set[str]:
+    return {tag[key] for tag in soup(path).find_all(True) for key in ("id", "name") if tag.has_attr(key)}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(HTML))
+
+
+def test_the_book_is_built():
+    assert PAGES, f"there are no pages in {HTML}: run `make book`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_page_loads_nothing_remote(page):
+    loaded = [tag["src"] for tag in soup(page).find_all(src=True)]
+    loaded += [part.split()[0] for tag in soup(page).find_all(srcset=True) for part in tag["srcset"].split(",")]
+    loaded += [tag["href"] for tag in soup(page).find_all("link", href=True) if LOADED_LINKS & set(tag["rel"])]
+    loaded += [tag["data"] for tag in soup(page).find_all("object", data=True)]
+    assert [address for address in loaded if REMOTE.match(address)] == []
+    inline = "".join(tag.text for tag in soup(page).find_all("script", src=False))
+    assert re.findall(r"https?://[^\s\"']+\.(?:m?js|css)\b", inline) == []
+
+
+@pytest.mark.parametrize("sheet", sorted(HTML.rglob("*.css")), ids=name)
+def test_a_style_sheet_loads_nothing_remote(sheet):
+    assert re.findall(r"(?:url\(\s*|@import\s+)[\"']?(?:https?:)?//[^)\"']+", sheet.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_image_has_alt_text(page):
+    for image in soup(page).find_all("img"):
+        alt = image.get("alt", "").strip()
+        assert alt and "_images/" not in alt, f"{image.get('src')} has alt={alt!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_internal_links_lead_somewhere(page):
+    missing = []
+    for tag in soup(page).select("a[href], link[href], [src]"):
+        address = tag.get("href") or tag["src"]
+        parts = urlsplit(address)
+        if parts.scheme or parts.netloc:
+            continue
+        target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+        fragment = unquote(parts.fragment) if tag.name == "a" else ""
+        if not target.is_file() or (fragment and fragment not in anchors(target)):
+            missing.append(address)
+    assert missing == []
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_colab_button(notebook):
+    repository = CONFIG["repository"]
+    address = repository["url"].replace("https://github.com/", "https://colab.research.google.com/github/")
+    page = HTML / "notebooks" / f"{notebook.stem}.html"
+    assert page.is_file(), f"{notebook.name} is not in _toc.yml"
+    links = {tag["href"] for tag in soup(page).find_all("a", href=True) if "colab.research" in tag["href"]}
+    assert links == {f"{address}/blob/{repository['branch']}/notebooks/{notebook.name}"}
+
+
+def test_mathematics_is_drawn_by_the_local_script():
+    assert (HTML / CONFIG["sphinx"]["config"]["html_static_path"][0].replace("book/", "") / "mathjax").is_dir()
+    for page in PAGES:
+        if soup(page).select(".math"):
+            scripts = [tag["src"] for tag in soup(page).find_all("script", src=True)]
+            assert any("_static/mathjax/tex-svg.js" in script for script in scripts), name(page)
+
+
+def test_one_search_bar():
+    for page in PAGES:
+        buttons = soup(page).select(".search-button-field")
+        assert len(buttons) <= 1, name(page)
+
+
+def test_the_reference_covers_every_module():
+    page = (ROOT / "book" / "api.md").read_text()
+    modules = {path.stem for path in (ROOT / "convnext_min").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"^## (\w+)$", page, re.MULTILINE)) == modules

@@ -1,0 +1,78 @@
+"""What every committed notebook keeps to; that it runs is nbmake's to show."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LOCAL_PATH = re.compile(r"(?<![\w.:/-])(?:/(?:home|root|tmp|usr|opt|var|mnt|work|content|Users)/|[A-Z]:\\)")
+
+BOOTSTRAP = """\
+import sys
+
+if "google.colab" in sys.modules:
+    %pip install --quiet git+{url}@{branch}
+
+from convnext_min.budget import budget, budget_name
+
+print("Budget:", budget_name())"""
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request) -> nbformat.NotebookNode:
+    return nbformat.read(request.param, as_version=4)
+
+
+@pytest.fixture
+def code(notebook) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(output: nbformat.NotebookNode) -> str:
+    """All text of an output, pictures left out."""
+    if output.output_type == "stream":
+        return output.text
+    return "\n".join(str(data) for kind, data in output.get("data", {}).items() if not kind.startswith("image/"))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_bootstrap_cell(code):
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    assert code[0].source == BOOTSTRAP.format(url=repository["url"], branch=repository["branch"])
+
+
+def test_the_whole_notebook_was_run_in_order(code):
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
+
+
+def test_outputs_are_those_of_the_quick_budget(code):
+    assert [text_of(output) for output in code[0].outputs] == ["Budget: quick\n"], "run `make notebooks`"
+    assert any(cell.outputs for cell in code[1:])
+
+
+def test_outputs_hold_no_errors_warnings_or_local_paths(code):
+    for cell in code:
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", f"{output.text}\nis written to stderr by\n{cell.source}"
+            assert not LOCAL_PATH.search(text_of(output)), f"a path of this machine in the output of\n{cell.source}"
+
+
+def test_pictures_have_alt_text(code):
+    for cell in code:
+        if any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert alt.strip(), f'the cell needs metadata {{"mystnb": {{"image": {{"alt": ...}}}}}}:\n{cell.source}'
+
+
+def test_nothing_of_this_machine_is_kept(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not any("execution" in cell.metadata for cell in notebook.cells), "run `make notebooks`"
+    assert not notebook.metadata.get("widgets"), "widgets need the network to be shown"
