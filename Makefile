@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BOOK := _build/html/index.html
 
-.PHONY: help install train book test clean
+NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
+
+.PHONY: help install train book test notebooks figures clean
 
 help:
 	@echo "make book   render the book into $(BOOK)"
 	@echo "make train  train a small ConvNeXt for three minutes and show what it learned"
 	@echo "make test   style, unit tests, notebooks, book, and checks on the built pages"
+	@echo "make notebooks  run the notebooks at the quick budget and keep what they print (NOTEBOOKS=... for some)"
+	@echo "make figures  draw the figures of the pages and the README anew"
 	@echo "make clean  remove what was built, and the environment in $(VENV)"
 
 install: $(INSTALLED)
@@ -24,10 +28,12 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 train: $(INSTALLED)
-	$(BIN)/python -m convnext_min.train --recipe imagenette --model convnext_atto --output runs/imagenette --minutes 3
+	$(BIN)/python -m convnext_min.train --recipe imagenette --model convnext_atto --minutes 3
 
+# From nothing each time: what an earlier build left would hide warnings and dead links.
 book: $(INSTALLED)
-	$(BIN)/jupyter-book build . --all -W -n --keep-going
+	rm -rf _build
+	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is in $(BOOK)"
 
 test: $(INSTALLED)
@@ -37,6 +43,12 @@ test: $(INSTALLED)
 	CONVNEXT_MIN_BUDGET=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=600 notebooks
 	$(MAKE) book
 	$(BIN)/python -m pytest -q tests/test_book.py
+
+notebooks: $(INSTALLED)
+	$(BIN)/python book/execute.py $(NOTEBOOKS)
+
+figures: $(INSTALLED)
+	$(BIN)/python book/figures/draw.py
 
 clean:
 	rm -rf $(VENV) _build build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,20 @@
+"""Draws the figures that pages and the README show, into the folder of this file: `make figures`."""
+
+from pathlib import Path
+
+from convnext_min import plots
+
+FIGURES = {
+    "road_resnet50.svg": lambda: plots.road("resnet50"),
+    "road_resnet200.svg": lambda: plots.road("resnet200"),
+}
+
+
+def draw(folder: Path) -> None:
+    """Write every figure into `folder`, the same bytes for the same code and versions."""
+    for name, figure in FIGURES.items():
+        figure().savefig(folder / name, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).parent)
