@@ -117,7 +117,7 @@ def check_projection_share(answer) -> None:
     convs = [stage[0].shortcut[0] for stage in model.stages]
     macs = sum(conv.in_channels * conv.out_channels * (56 // 2**i) ** 2 for i, conv in enumerate(convs))
     expect(answer, macs / count_macs(model), "projection_share()", 1e-3, reveal=False)
-    solved("more than a tenth of the MACs brings the input to the shape of the output")
+    solved(f"{answer:.1%} of the MACs only bring inputs to the shape of outputs")
 
 
 def check_learning_rate(answer) -> None:
