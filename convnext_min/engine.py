@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from convnext_min import fast
 from convnext_min.data import Batches, ImageSet
 from convnext_min.recipes import Recipe
 
@@ -67,6 +68,8 @@ class Run:
         self._check_outputs(name, classes)
         groups = parameter_groups(model, recipe.weight_decay)
         self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, betas=recipe.betas)
+        if self.device.type == "cpu":
+            fast.accelerate(model)
         self.ema = None
         if recipe.ema_decay:
             self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
@@ -97,6 +100,10 @@ class Run:
         if outputs != (2, classes):
             raise ValueError(f"the data has {classes} classes, but for two images {name} gives a tensor {outputs}")
         self.model.train()
+
+    def __str__(self) -> str:
+        faster = ", accelerated by convnext_min.fast" if self.device.type == "cpu" else ""
+        return f"on {self.device} in {'bf16' if self.bf16 else 'fp32'}{faster}, seed {self.seed}"
 
     @property
     def best(self) -> nn.Module:

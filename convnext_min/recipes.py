@@ -140,7 +140,7 @@ class Recipe:
 
 def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     """Steps until the learning rate is at its peak, in a run of `recipe.epochs`."""
-    return math.ceil(recipe.warmup * recipe.epochs * steps_per_epoch)
+    return round(recipe.warmup * recipe.epochs * steps_per_epoch)
 
 
 def describe(recipe: Recipe, images: int) -> str:

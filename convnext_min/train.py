@@ -142,7 +142,7 @@ def train(
     val_batches = Batches(val_set, EVAL_BATCH, recipe.eval_resolution, train=False)
 
     number = count_parameters(model)
-    print(f"{name}, {number:,} parameters, on {device} in {'bf16' if run.bf16 else 'fp32'}, seed {seed}")
+    print(f"{name}, {number:,} parameters, {run}")
     print(f"{train_set.source}; {val_set.source}")
     print(
         recipes.describe(recipe, len(train_set)) + (f"; continuing at step {run.step:,}" if run.step else ""),

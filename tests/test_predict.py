@@ -1,0 +1,96 @@
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from convnext_min import predict, train
+from convnext_min.data import offline_sample
+from convnext_min.recipes import Recipe
+
+RECIPE = Recipe(
+    epochs=8,
+    batch_size=10,
+    base_lr=4e-3,
+    base_batch=10,
+    resolution=32,
+    eval_resolution=32,
+    image_size=48,
+    layer_scale_init=1.0,
+    depths=(1, 1, 1, 1),
+    dims=(8, 8, 16, 16),
+    amp="fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's checkpoint, its validation images as files, and what the run answered for them."""
+    folder = tmp_path_factory.mktemp("run")
+    images = offline_sample("train", 48, 20)
+    history = train.train("convnext_atto", RECIPE, images, images, folder)
+    files = []
+    for i, pixels in enumerate(images.images):
+        files.append(str(folder / f"{i}.png"))
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(files[-1])
+    return str(folder / "checkpoint.pt"), files, [images.classes[label] for label in history.predictions]
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        predict.main(list(arguments))
+    printed = capsys.readouterr()
+    return stop.value.code, printed.out, printed.err
+
+
+def test_the_first_class_is_what_the_run_answered_in_its_last_evaluation(trained, capsys):
+    checkpoint, files, answers = trained
+    code, out, _ = run(capsys, "--checkpoint", checkpoint, "--top", "2", *files)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[::3] == files
+    assert [re.sub(r"^ +[\d.]+%  ", "", line) for line in lines[1::3]] == answers
+    assert len(set(answers)) > 1  # or the line above would say little
+
+
+def test_probabilities_of_all_classes_add_up_and_fall(trained, capsys):
+    checkpoint, files, _ = trained
+    _, out, _ = run(capsys, "--checkpoint", checkpoint, "--top", "99", files[0])
+    percents = [float(line.split("%")[0]) for line in out.splitlines()[1:]]
+    assert len(percents) == 10 and percents == sorted(percents, reverse=True)
+    assert sum(percents) == pytest.approx(100, abs=0.5)
+
+
+def test_averaged_weights_are_used_where_there_are_any(trained):
+    model, state = predict.load_model(trained[0])
+    assert not model.training
+    assert torch.equal(model.head.weight, state["ema"]["head.weight"])
+    assert not torch.equal(model.head.weight, state["weights"]["head.weight"])
+
+
+def test_bad_images_are_named_and_the_others_answered(trained, tmp_path, capsys):
+    checkpoint, files, answers = trained
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 not a picture")
+    code, out, err = run(capsys, "--checkpoint", checkpoint, str(broken), files[3], str(tmp_path / "none.png"))
+    assert code == 1
+    assert err == f"error: {broken} cannot be read as an image\nerror: {tmp_path / 'none.png'} is not a file\n"
+    assert out.startswith(files[3]) and answers[3] in out
+
+
+def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
+    cut = tmp_path / "cut.pt"
+    with open(trained[0], "rb") as file:
+        cut.write_bytes(file.read(3000))
+    for path, reason in ((cut, "is cut off"), (tmp_path / "none.pt", "there is no checkpoint")):
+        code, _, _ = run(capsys, "--checkpoint", str(path), trained[1][0])
+        assert code.startswith("error: ") and str(path) in code and reason in code
+
+
+def test_a_network_without_a_name_cannot_be_rebuilt(tmp_path):
+    images = offline_sample("train", 32, 10)
+    model = train.make_model("convnext_atto", RECIPE, 10)
+    train.train(model, replace(RECIPE, epochs=1, batch_size=10), images, images, tmp_path)
+    with pytest.raises(ValueError, match=r"the network in .*checkpoint.pt cannot be built: .*'ConvNeXt'"):
+        predict.load_model(tmp_path / "checkpoint.pt")
