@@ -164,6 +164,9 @@ RECIPES = {
         base_batch=64,
         warmup=0.1,
         crop_scale=(0.35, 1.0),
+        progressive=((0.6, 64),),
+        resolution=96,
+        eval_resolution=96,
     ),
 }
 
