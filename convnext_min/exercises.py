@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convnext_min import blocks
+from convnext_min.convnext import Block, ConvNeXt
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import Recipe
 from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
@@ -218,3 +219,66 @@ def check_depthwise_macs_of_design(answer) -> None:
             right = one_tap * steps[slug].kernel_size ** 2
             expect(answer(steps[slug]), right, f"MACs of the depthwise convolutions of {slug}, {regime}", reveal=False)
     solved("the counter's figure in both regimes")
+
+
+# 07 ConvNeXt
+
+
+def check_stages(answer) -> None:
+    """Exercise 7.1: a ConvNeXt built from a flat list of layers, with downsampling where it belongs."""
+    for depths, dims in (((1, 2, 3, 1), (8, 16, 32, 64)), ((2, 1, 1, 1), (8, 8, 16, 16))):
+        reference = ConvNeXt(depths=depths, dims=dims, num_classes=5)
+        parts = [part for pair in zip(reference.downsample_layers, reference.stages) for part in pair]
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), reference.norm, reference.head)
+        print(f"depths {depths}, dims {dims}:", end=" ")
+        same(answer(depths, dims, 5), nn.Sequential(*parts, *head))
+    solved("a stem and three downsampling layers, for any dims")
+
+
+def check_drop_path(answer) -> None:
+    """Exercise 7.2: stochastic depth as a function of (x, rate, training)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for shape, rate in (((4000, 2, 3, 3), 0.25), ((4000, 5), 0.5)):
+            x = torch.rand(shape, generator=generator) + 0.5
+            expect(answer(x, rate, False), x, "drop_path in evaluation")
+            expect(answer(x, 0.0, True), x, "drop_path with rate 0")
+            factors = (answer(x, rate, True) / x).flatten(1)
+            if not torch.allclose(factors, factors[:, :1], atol=1e-5):
+                raise AssertionError("a sample is kept or dropped as a whole; here some are dropped in part")
+            dropped = (factors[:, 0] == 0).double().mean().item()
+            if abs(dropped - rate) > 0.05:
+                raise AssertionError(f"with rate {rate} it dropped {dropped:.0%} of the samples of one batch")
+            if abs(factors.mean().item() - 1) > 0.05:
+                raise AssertionError(f"with rate {rate} the mean became {factors.mean():.2f} times what it was")
+    solved("each sample has a draw of its own, and the mean over draws is the input")
+
+
+def check_convnext_parameters(answer) -> None:
+    """Exercise 7.3: the parameters of any ConvNeXt by arithmetic, held to the built network."""
+    for depths, dims, classes in (
+        ((3, 3, 9, 3), (96, 192, 384, 768), 1000),
+        ((2, 2, 6, 2), (40, 80, 160, 320), 10),
+        ((1, 4, 2, 3), (8, 24, 16, 40), 7),
+    ):
+        with torch.device("meta"):
+            right = count_parameters(ConvNeXt(depths=depths, dims=dims, num_classes=classes))
+        expect(answer(depths, dims, classes), right, f"parameters of {depths}, {dims}, {classes} classes", reveal=False)
+    solved("down to the last bias")
+
+
+def check_folded_layer_scale(answer) -> None:
+    """Exercise 7.4: a block without layer scale that computes what the given one does."""
+    torch.manual_seed(0)
+    block, x = Block(8), torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.uniform_(-1, 1)
+        right = block(x)
+        folded = answer(block)
+        if not isinstance(folded, Block) or folded.gamma is not None:
+            raise AssertionError("the answer is a Block whose gamma is None")
+        expect(block(x), right, "what the block that was given computes afterwards")
+        expect(folded(x), right, "what the folded block computes", 1e-4)
+    solved("layer scale costs nothing once training is over")
