@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convnext_min import blocks
-from convnext_min.convnext import Block, ConvNeXt
+from convnext_min.convnext import Block, ConvNeXt, LayerNorm
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import Recipe
 from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
@@ -218,6 +218,51 @@ def check_depthwise_macs_of_design(answer) -> None:
         for slug in ("move_up", "kernel7", "kernel11"):
             right = one_tap * steps[slug].kernel_size ** 2
             expect(answer(steps[slug]), right, f"MACs of the depthwise convolutions of {slug}, {regime}", reveal=False)
+    solved("the counter's figure in both regimes")
+
+
+# 06 Micro design
+
+
+def check_layer_norm(answer) -> None:
+    """Exercise 6.1: LayerNorm over the channels of (N, C, H, W), by hand."""
+    generator = torch.Generator().manual_seed(0)
+    for chans, spread in ((96, 1.0), (4, 1.0), (4, 1e-3)):
+        norm = LayerNorm(chans)
+        for parameter in norm.parameters():
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        x = 3 + spread * torch.randn(2, chans, 5, 5, generator=generator)
+        with torch.no_grad():
+            y, right = answer(x, norm.weight, norm.bias), norm(x)
+        expect(y, right, f"{chans} channels with a standard deviation of {spread:g}", 1e-3)
+    solved("normalized over the channels of each pixel")
+
+
+def check_fold_batch_norm(answer) -> None:
+    """Exercise 6.2: a convolution that does what a convolution and a BatchNorm in evaluation mode do."""
+    generator = torch.Generator().manual_seed(0)
+    for conv in (nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False), nn.Conv2d(8, 16, 1, stride=2, bias=False)):
+        norm = nn.BatchNorm2d(conv.out_channels).eval()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(norm, name).data.uniform_(0.5, 1.5, generator=generator)
+        x = torch.randn(2, 8, 14, 14, generator=generator)
+        with torch.no_grad():
+            folded = answer(conv, norm)
+            if not isinstance(folded, nn.Conv2d):
+                raise AssertionError(f"the answer is one nn.Conv2d, got {type(folded).__name__}")
+            y, right = folded(x), norm(conv(x))
+        k = conv.kernel_size[0]
+        expect(y, right, f"what the folded {k}x{k} convolution computes", 1e-4)
+    solved("in evaluation mode the BatchNorm has vanished into the convolution")
+
+
+def check_separate_downsampling_macs(answer) -> None:
+    """Exercise 6.3: the MACs that separate downsampling adds at 224 px, held to PyTorch's counter."""
+    for regime, steps in REGIMES.items():
+        with torch.device("meta"):
+            before, after = (count_macs(RoadNet(steps[slug])) for slug in ("layer_norm", "convnext"))
+        value = answer(steps["convnext"])
+        expect(value, after - before, f"additional MACs in the {regime} regime", reveal=False)
     solved("the counter's figure in both regimes")
 
 
