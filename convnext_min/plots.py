@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,7 +24,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from convnext_min import paper
 from convnext_min.convnext import DropPath, LayerNorm
-from convnext_min.measure import count_macs, count_parameters, road_table, throughput
+from convnext_min.measure import Throughput, count_macs, count_parameters, road_table, throughput
 from convnext_min.roadmap import REGIMES, build
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -219,12 +220,19 @@ def step_table(*slugs: str) -> Table:
     return table(("step", "paper's Table", "GMACs here", "GMACs paper", "params (M)", "top-1 paper (%)"), rows)
 
 
-def speed_table(models: Mapping[str, nn.Module], resolution: int = 224, batch_size: int = 8, repeats: int = 5) -> Table:
-    """Images a second of each model on this machine, forward and in a training step: median (slowest-fastest)."""
+def speed_table(models: Mapping[str, nn.Module], resolution: int = 224, batch_size: int = 8, repeats: int = 3) -> Table:
+    """Images a second of each model on this machine, forward and in a training step: median (slowest-fastest).
+
+    The models take turns, `repeats` times, so that none is measured while the machine is warmer or busier.
+    """
+    speeds = {(name, training): [] for name in models for training in (False, True)}
+    for _ in range(repeats):
+        for (name, training), values in speeds.items():
+            values.append(throughput(models[name], resolution, batch_size, training, repeats=1).median)
     rows = []
     for name, model in models.items():
-        speeds = [throughput(model, resolution, batch_size, training, repeats) for training in (False, True)]
-        rows.append((name, f"{count_macs(model, resolution) / 1e9:.2f}", *(str(speed) for speed in speeds)))
+        cells = [Throughput(median(s), min(s), max(s)) for s in (speeds[name, False], speeds[name, True])]
+        rows.append((name, f"{count_macs(model, resolution) / 1e9:.2f}", *map(str, cells)))
     return table(("model", "GMACs", "forward", "forward + backward"), rows)
 
 

@@ -1,0 +1,117 @@
+"""What the chapters write out themselves computes what the package does, and their exercises can be solved."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import torchvision
+
+from convnext_min import blocks, build, convnext, exercises
+from convnext_min.exercises import same
+from convnext_min.recipes import Recipe
+
+CHAPTERS = {path.stem: path for path in sorted(Path(__file__).parents[1].glob("notebooks/0[1-7]_*.ipynb"))}
+
+
+def cells(chapter: str, tag: str | None = None) -> list[str]:
+    """Sources of the code cells with `tag`, or of those that are no part of an exercise, without the bootstrap cell."""
+    found = [cell for cell in nbformat.read(CHAPTERS[chapter], 4).cells if cell.cell_type == "code"][1:]
+    tags = [set(cell.metadata.get("tags", ())) & {"exercise", "solution"} for cell in found]
+    return [cell.source for cell, own in zip(found, tags) if own == ({tag} if tag else set())]
+
+
+def lifted(chapter: str) -> dict:
+    """The chapter's imports, functions, classes and constants in capitals, without anything that it runs."""
+
+    def kept(node: ast.stmt) -> bool:
+        if isinstance(node, ast.Assign):
+            return all(isinstance(target, ast.Name) and target.id.isupper() for target in node.targets)
+        return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+
+    trees = [ast.parse(source) for source in cells(chapter)]
+    body = [node for tree in trees for node in tree.body if kept(node)]
+    namespace = {"__name__": chapter}
+    torch.manual_seed(0)
+    exec(compile(ast.Module(body, []), CHAPTERS[chapter].name, "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(scope="module", params=CHAPTERS)
+def chapter(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def namespace(chapter) -> dict:
+    return lifted(chapter)
+
+
+# What a chapter writes, as an expression in its own names, the package's, and the shape of the input.
+WRITTEN = [
+    ("01_resnet50_and_the_recipe", "Bottleneck(32, 8)", lambda: blocks.Bottleneck(32, 8), (2, 32, 8, 8)),
+    ("01_resnet50_and_the_recipe", "Bottleneck(16, 8, 2)", lambda: blocks.Bottleneck(16, 8, 2), (2, 16, 8, 8)),
+    ("01_resnet50_and_the_recipe", "ResNet()", torchvision.models.resnet50, (2, 3, 32, 32)),
+    ("01_resnet50_and_the_recipe", "DropPath(0.3)", lambda: convnext.DropPath(0.3), (32, 3, 4, 4)),
+    ("02_macro_design", "make_stages((3, 3, 9, 3))[1]", lambda: build("stage_ratio").stages[1], (2, 256, 8, 8)),
+    ("02_macro_design", "patchify_stem(3, 64)", lambda: build("patchify").stem, (2, 3, 16, 16)),
+]
+
+
+@pytest.mark.parametrize("chapter, expression, reference, shape", WRITTEN, ids=[f"{w[0][:2]}-{w[1]}" for w in WRITTEN])
+def test_what_a_chapter_writes_is_what_the_package_has(chapter, expression, reference, shape):
+    same(eval(expression, lifted(chapter)), reference(), shape)
+
+
+def test_label_smoothing_is_pytorchs():
+    smoothed = lifted("01_resnet50_and_the_recipe")["smoothed_cross_entropy"]
+    logits, y = torch.randn(6, 10), torch.tensor([0, 3, 3, 9, 1, 0])
+    for epsilon in (0.0, 0.1, 0.5):
+        right = torch.nn.functional.cross_entropy(logits, y, label_smoothing=epsilon)
+        torch.testing.assert_close(smoothed(logits, y, epsilon), right)
+
+
+def test_cutmix_labels_are_the_shares_of_the_pixels():
+    cutmix = lifted("01_resnet50_and_the_recipe")["cutmix"]
+    images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 20), torch.eye(4)
+    for seed in range(20):
+        mixed, shares = cutmix(images, labels, 0.7, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(shares.sum(1), torch.ones(4))
+        for i in range(4):
+            assert (mixed[i] == i).float().mean().item() == pytest.approx(shares[i, i].item(), abs=1e-6)
+
+
+def test_exercises_and_solutions_come_in_pairs(chapter):
+    assert 2 <= len(cells(chapter, "exercise")) == len(cells(chapter, "solution")) <= 4
+
+
+def test_checks_reject_the_starting_stubs(chapter, namespace):
+    def insist(check, *answers):
+        check(*answers)
+
+    for stub in cells(chapter, "exercise"):
+        with pytest.raises(AssertionError):
+            exec(stub, namespace | {"attempt": insist})
+            pytest.fail(f"accepted:\n{stub}")  # not an AssertionError
+
+
+def test_checks_accept_the_solutions(chapter, namespace, capsys):
+    for solution in cells(chapter, "solution"):
+        exec(solution, dict(namespace))
+        assert "correct: " in capsys.readouterr().out, solution
+
+
+def test_every_check_belongs_to_an_exercise():
+    checks = {name for name, _ in inspect.getmembers(exercises, inspect.isfunction) if name.startswith("check_")}
+    stubs = "\n".join(stub for chapter in CHAPTERS for stub in cells(chapter, "exercise"))
+    assert [name for name in sorted(checks) if name not in stubs] == []
+
+
+def test_the_solution_of_the_schedule_has_the_papers_values_by_default(capsys):
+    namespace = lifted("01_resnet50_and_the_recipe")
+    exec(cells("01_resnet50_and_the_recipe", "solution")[2], namespace)
+    recipe = Recipe()
+    assert namespace["learning_rate"](20) == recipe.lr == 4e-3
+    assert namespace["learning_rate"](300) == pytest.approx(recipe.min_lr)
