@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """`F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), with gradients made of fast convolutions."""
+    """`F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), and fast gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
