@@ -1,17 +1,21 @@
-"""What this book adds to Jupyter Book: the `step-diff` directive, and one search bar instead of two."""
+"""What this book adds to Jupyter Book: the directives `step-diff` and `road-table`; and what it takes away."""
 
 import pkgutil
 import sys
 from pathlib import Path
 
+import sphinx_thebe
 from docutils import nodes
 from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the package of this very checkout
 
 from convnext_min import STEPS
 from convnext_min.diff import step_diff
+from convnext_min.measure import road_table
+from convnext_min.roadmap import REGIMES
 
 
 def resolve(name: str) -> object:
@@ -42,12 +46,44 @@ class StepDiffDirective(SphinxDirective):
         return [block]
 
 
+class RoadTable(SphinxDirective):
+    """Every step of the road in a regime: MACs counted now on our models, beside the paper's, and its accuracy.
+
+    ```{road-table} resnet50
+    ```
+    """
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        regime = self.arguments[0]
+        if regime not in REGIMES:
+            raise self.error(f"unknown regime {regime!r}; valid: {', '.join(REGIMES)}")
+        lines = ["| step | GMACs here | GMACs paper | parameters (M) | top-1 paper (%) |", "|:--|--:|--:|--:|--:|"]
+        for row in road_table(regime):
+            measured, params = f"{row['gmacs']:.3f}", f"{row['params'] / 1e6:.2f}"
+            cells = row["label"], measured, f"{row['paper_gmacs']:.2f}", params, f"{row['paper_top1']:.2f}"
+            lines.append(f"| {' | '.join(cells)} |")
+        container = nodes.container(classes=["road-table"])
+        self.state.nested_parse(StringList(lines, "road-table"), self.content_offset, container)
+        return [container]
+
+
 def drop_second_search_bar(app, config) -> None:
     """The theme draws a search bar across the top of every page beside the one in the sidebar."""
     config.html_theme_options["navbar_persistent"] = []
 
 
+def drop_thebe(app) -> None:
+    """Jupyter Book prepares every page to run its code on a remote kernel, with a remote script; nothing here does."""
+    unwanted = (sphinx_thebe.init_thebe_core, sphinx_thebe.update_thebe_context)
+    for listeners in app.events.listeners.values():
+        listeners[:] = [listener for listener in listeners if listener.handler not in unwanted]
+
+
 def setup(app) -> dict:
+    drop_thebe(app)
     app.add_directive("step-diff", StepDiffDirective)
+    app.add_directive("road-table", RoadTable)
     app.connect("config-inited", drop_second_search_bar)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
