@@ -22,6 +22,13 @@ from convnext_min.budget import budget, budget_name
 print("Budget:", budget_name())"""
 
 
+def chapters() -> list[str]:
+    """The notebooks of the table of contents, in its order."""
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+    files = [chapter["file"] for part in parts for chapter in part["chapters"]]
+    return [file for file in files if file.startswith("notebooks/")]
+
+
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request) -> nbformat.NotebookNode:
     return nbformat.read(request.param, as_version=4)
@@ -39,8 +46,13 @@ def text_of(output: nbformat.NotebookNode) -> str:
     return "\n".join(str(data) for kind, data in output.get("data", {}).items() if not kind.startswith("image/"))
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS
+def test_the_book_has_all_notebooks_in_order():
+    assert chapters() == [f"notebooks/{path.stem}" for path in NOTEBOOKS] != []
+
+
+def test_the_readme_lists_all_notebooks_in_order():
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"^\|.*\]\((notebooks/\w+)\.ipynb\)", readme, re.MULTILINE) == chapters()
 
 
 def test_bootstrap_cell(code):
