@@ -281,7 +281,7 @@ def random_crops(n: int, size: int, scale: tuple[float, float], rng: np.random.G
     a box of that area fits. (torchvision's RandomResizedCrop draws both again if the box does not fit.)
     """
     area = rng.uniform(*scale, n)
-    limit = np.minimum(np.log(4 / 3), -np.log(area))
+    limit = np.minimum(np.log(4 / 3), np.log(1 / area))
     ratio = np.exp(rng.uniform(-limit, limit))
     heights, widths = (
         np.maximum(1, np.rint(size * side).astype(int)) for side in (np.sqrt(area / ratio), np.sqrt(area * ratio))
