@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from convnext_min.small import INITS, STEMS
+
 RANGES = (  # fields, what holds for their values, and how to say it
     (("epochs", "minutes", "batch_size", "base_lr", "base_batch"), lambda value: value > 0, "positive"),
     (("clip_grad", "ema_horizon", "width_multiplier"), lambda value: value > 0, "positive"),
@@ -30,6 +32,8 @@ RANGES = (  # fields, what holds for their values, and how to say it
         lambda value: list(value) == sorted(value) and all(0 < until < 1 and side >= 32 for until, side in value),
         "pairs of a growing fraction of the run and a side of at least 32",
     ),
+    (("stem",), lambda value: value in STEMS, " or ".join(STEMS)),
+    (("init",), lambda value: value in INITS, " or ".join(INITS)),
     (("amp",), lambda value: value in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
 )
 
@@ -92,6 +96,8 @@ class Recipe:
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop, as fractions of the image
 
     # Model
+    stem: str = "patchify"  # "overlapping": see `small`
+    init: str = "paper"  # "fan_in": see `small`
     layer_scale_init: float = 1e-6  # 0: no layer scale
     head_init_scale: float = 1.0
     depths: tuple[int, int, int, int] | None = None  # None: those of the named model

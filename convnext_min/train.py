@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from convnext_min import convnext, data, recipes, records, roadmap
+from convnext_min import convnext, data, recipes, records, roadmap, small
 from convnext_min.data import Batches, ImageSet
 from convnext_min.engine import Run, stop_requests, uses_bf16
 from convnext_min.measure import count_parameters
@@ -36,17 +36,20 @@ def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
     Raises ValueError, listing what is valid, for any other name.
     """
     library, _, rest = name.rpartition(":")
-    if name not in VARIANTS and (recipe.depths or recipe.dims):
-        raise ValueError(f"depths and dims can be set for {', '.join(VARIANTS)}, not for {name!r}")
+    plain = Recipe()
+    for key in ("depths", "dims", "stem", "init"):
+        if name not in VARIANTS and getattr(recipe, key) != getattr(plain, key):
+            raise ValueError(f"{key} can be set for {', '.join(VARIANTS)}, not for {name!r}")
     if name in VARIANTS:
         sizes = {key: value for key in ("depths", "dims") if (value := getattr(recipe, key)) is not None}
-        return VARIANTS[name](
+        model = VARIANTS[name](
             num_classes=num_classes,
             drop_path_rate=recipe.drop_path,
             layer_scale_init_value=recipe.layer_scale_init,
             head_init_scale=recipe.head_init_scale,
             **sizes,
         )
+        return small.adapt(model, recipe.stem, recipe.init)
     if library == "road":
         return roadmap.build(
             rest, num_classes=num_classes, width_multiplier=recipe.width_multiplier, drop_path_rate=recipe.drop_path
@@ -225,6 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default="convnext_atto", help="convnext_<variant>, road:<step>, timm:<name>, torchvision:<name>"
     )
     parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it Imagenette")
+    parser.add_argument(
+        "--holdout", action="store_true", help="validate on every tenth training image, to choose settings by"
+    )
     parser.add_argument("--output", help="folder for what the run leaves; without it a new one in runs/")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", help="how long to train")
@@ -245,7 +251,11 @@ def main(argv: list[str] | None = None) -> None:
         recipe = recipes.get(args.recipe, args.set)
         checkpoint_in(output, args.resume)
         make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
-        train_set, val_set = (data.imagenette(split, args.data, recipe.image_size) for split in ("train", "val"))
+        train_set = data.imagenette("train", args.data, recipe.image_size)
+        if args.holdout:
+            train_set, val_set = data.hold_out(train_set)
+        else:
+            val_set = data.imagenette("val", args.data, recipe.image_size)
         started = psutil.Process().create_time()
         train(args.model, recipe, train_set, val_set, output, args.seed, args.resume, args.device, started)
     except (ValueError, OSError, FloatingPointError) as error:

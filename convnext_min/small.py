@@ -1,0 +1,48 @@
+"""What a recipe can change in ConvNeXt to train it from scratch on small data: the stem and the initial weights.
+
+Both leave the blocks, the stages and the downsampling layers as the paper has them.
+"""
+
+from torch import nn
+
+from convnext_min.convnext import ConvNeXt, LayerNorm
+
+STEMS = ("patchify", "overlapping")
+INITS = ("paper", "fan_in")
+
+
+def overlapping_stem(in_chans: int, dim: int) -> nn.Sequential:
+    """Images (N, in_chans, H, W) to (N, dim, H / 4, W / 4), by two 3x3 convolutions of stride 2 instead of one 4x4.
+
+    Windows that overlap find edges wherever they lie; patches have to learn each place of an edge for itself, which
+    takes more images than small data has (Xiao et al., "Early Convolutions Help Transformers See Better", 2021).
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1),
+        LayerNorm(dim),
+    )
+
+
+def init_fan_in(model: ConvNeXt) -> None:
+    """Draw the weights of the layers below the classifier with variance 1 / fan-in; biases become 0.
+
+    The signal then keeps its size through a layer, whatever its width (LeCun et al., 1998). The paper's constant 0.02
+    makes it shrink where the fan-in is small, as in a depthwise convolution and in narrow networks.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and name != "head":
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+
+
+def adapt(model: ConvNeXt, stem: str, init: str) -> ConvNeXt:
+    """Give a new `model` the stem, out of STEMS, and the initial weights, out of INITS; returns it."""
+    patchify = model.downsample_layers[0][0]
+    if stem == "overlapping":
+        model.downsample_layers[0] = overlapping_stem(patchify.in_channels, patchify.out_channels)
+        model.downsample_layers[0].apply(model._init_weights)
+    if init == "fan_in":
+        init_fan_in(model)
+    return model

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from convnext_min import data, small
+from convnext_min.recipes import Recipe
+from convnext_min.train import make_model
+
+
+def built(**settings):
+    torch.manual_seed(0)
+    return make_model("convnext_atto", Recipe(**settings), 10)
+
+
+def test_overlapping_stem_has_the_patchify_stems_shape_and_leaves_the_rest_alone():
+    plain, changed = built(), built(stem="overlapping")
+    image = torch.randn(2, 3, 96, 64)
+    assert changed.downsample_layers[0](image).shape == plain.downsample_layers[0](image).shape == (2, 40, 24, 16)
+    rest = {k: v for k, v in plain.state_dict().items() if not k.startswith("downsample_layers.0")}
+    assert all(torch.equal(changed.state_dict()[k], v) for k, v in rest.items())
+
+
+def test_a_pixel_on_a_patch_border_reaches_both_neighbours_in_the_overlapping_stem_only():
+    for stem, reached in (("patchify", 1), ("overlapping", 2)):
+        image = torch.zeros(1, 3, 32, 32, requires_grad=True)
+        out = built(stem=stem).downsample_layers[0][:-1](image)  # without the norm
+        touched = 0
+        for column in (3, 4):
+            (grad,) = torch.autograd.grad(out[0, :, 4, column].sum(), image, retain_graph=True)
+            touched += bool(grad[0, :, 16, 15].any())  # row 16 and column 15: the last pixel of patch (4, 3)
+        assert touched == reached
+
+
+def test_fan_in_init_keeps_the_size_of_the_signal_where_the_papers_shrinks_it():
+    x = torch.randn(8, 40, 16, 16)
+    sizes = {}
+    for init in small.INITS:
+        torch.manual_seed(1)
+        block = built(init=init).stages[0][0]
+        sizes[init] = block.dwconv(x)[:, :, 3:-3, 3:-3].std().item()
+    assert sizes["fan_in"] == pytest.approx(1.0, abs=0.1)
+    assert sizes["paper"] == pytest.approx(0.02 * 7, abs=0.02)
+
+
+def test_fan_in_init_leaves_the_classifier_to_the_recipe():
+    head = built(init="fan_in", head_init_scale=0.001).head
+    assert head.weight.std().item() == pytest.approx(0.02 * 0.001, rel=0.1)
+
+
+@pytest.mark.parametrize("key", ["stem", "init"])
+def test_unknown_values_and_other_models_are_refused(key):
+    with pytest.raises(ValueError, match=f"{key} must be p.* or .*, got 'conv'"):
+        Recipe(**{key: "conv"})
+    with pytest.raises(ValueError, match=f"{key} can be set for convnext_atto.*not for 'road:gelu'"):
+        make_model("road:gelu", Recipe(**{key: {"stem": "overlapping", "init": "fan_in"}[key]}), 10)
+
+
+def test_hold_out_takes_a_tenth_of_each_class_and_leaves_the_others():
+    images = data.offline_sample("train", 32, 107)
+    train, held = data.hold_out(images)
+    assert len(train) + len(held) == 107
+    assert torch.bincount(held.labels, minlength=10).tolist() == [2] * 7 + [1] * 3  # 11 or 10 images a class
+    assert not {t.numpy().tobytes() for t in held.images} & {t.numpy().tobytes() for t in train.images}
