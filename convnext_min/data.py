@@ -308,8 +308,9 @@ def _resized(images: Tensor, resolution: int) -> Tensor:
 def offline_sample(split: str, size: int = 64, number: int | None = None) -> ImageSet:
     """Drawn images of ten classes, five shapes and five textures, the same on every call.
 
-    Place, scale, angle, colours, background, clutter and noise are random. `number` is 2,000 for "train" and 500
-    for "val" unless given; fewer are the first of them. Classes take turns, so that every slice is balanced.
+    Place, scale, angle (by 30 degrees), colours, background, clutter and noise are random. `number` is 2,000 for
+    "train" and 500 for "val" unless given; fewer are the first of them. Classes take turns, so that every slice is
+    balanced.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
@@ -335,11 +336,11 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.3)
+    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.22)
 
 
 def _dots(u: np.ndarray, v: np.ndarray, waves: float) -> np.ndarray:
-    cell = math.pi / waves
+    cell = 1.5 * math.pi / waves
     return np.hypot(u % cell - cell / 2, v % cell - cell / 2) - 0.33 * cell
 
 
@@ -357,7 +358,7 @@ TEXTURES = {
     "checkerboard": lambda u, v, waves: np.sin(waves * u) * np.sin(waves * v) / waves,
     "dots": _dots,
     "spiral": lambda u, v, waves: np.sin(waves * np.hypot(u, v) + np.arctan2(v, u)) / waves,
-    "waves": lambda u, v, waves: np.sin(waves * (v + 0.18 * np.sin(6 * u))) / waves,
+    "waves": lambda u, v, waves: np.sin(waves * (v + 0.3 * np.sin(5 * u))) / waves,
 }
 PATTERNS = (*SHAPES, *TEXTURES)
 
@@ -368,9 +369,9 @@ def _draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = axis[None, :], axis[:, None]
 
-    def turned(cx: float, cy: float) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates around (cx, cy), turned by a random angle."""
-        cos, sin = math.cos(angle := uniform(0, math.tau)), math.sin(angle)
+    def turned(cx: float, cy: float, most: float = math.pi) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates around (cx, cy), turned by a random angle of at most `most` to either side."""
+        cos, sin = math.cos(angle := uniform(-most, most)), math.sin(angle)
         return cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
 
     def color(value: float, saturation: tuple[float, float]) -> np.ndarray:
@@ -384,29 +385,31 @@ def _draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         picture = picture + cover * (ink - picture)
 
     # Background: one colour, with a soft pattern of light and shade
-    value = uniform(0, 1)
+    value = uniform(0, 0.4)
     light = sum(uniform(0, 0.08) * np.sin(uniform(1, 6) * turned(0, 0)[0] + uniform(0, math.tau)) for _ in range(3))
     picture = color(0.15 + 0.8 * value, (0.1, 0.7)) * (1 + light[..., None])
 
     # Clutter: small bars and ellipses
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(1, 5)):
         u, v = turned(uniform(-1, 1), uniform(-1, 1))
-        a, b = uniform(0.05, 0.25), uniform(0.02, 0.12)
+        a, b = uniform(0.05, 0.2), uniform(0.02, 0.1)
         bar = np.maximum(np.abs(u) - a, np.abs(v) - b)
         ellipse = (np.hypot(u / a, v / b) - 1) * min(a, b)
         paint(bar if uniform(0, 1) < 0.5 else ellipse, color(uniform(0.1, 1), (0.1, 0.8)))
 
-    # The object, lighter or darker than the background
-    radius = uniform(0.3, 0.75) if name in SHAPES else uniform(0.5, 0.95)
-    u, v = (axis / radius for axis in turned(uniform(radius - 1, 1 - radius), uniform(radius - 1, 1 - radius)))
+    # The object, lighter than the background
+    radius = uniform(0.5, 0.85) if name in SHAPES else uniform(0.7, 0.95)
+    u, v = (
+        axis / radius for axis in turned(uniform(radius - 1, 1 - radius), uniform(radius - 1, 1 - radius), math.pi / 6)
+    )
     if name in SHAPES:
         distance = SHAPES[name](u, v)
     else:  # a patch of the texture, of a form between a disc and a square
         power = uniform(2, 8)
         patch = (np.abs(u) ** power + np.abs(v) ** power) ** (1 / power) - 1
-        distance = np.maximum(TEXTURES[name](u, v, uniform(9, 18)), patch)
-    ink = color(0.15 + 0.8 * ((value + uniform(0.35, 0.65)) % 1), (0.2, 0.9))
+        distance = np.maximum(TEXTURES[name](u, v, uniform(7, 13)), patch)
+    ink = color(0.15 + 0.8 * (value + uniform(0.4, 0.6)), (0.2, 0.9))
     paint(distance * radius, ink * (1 + 0.15 * u[..., None]))
 
-    picture = picture + uniform(0, 0.08) * rng.standard_normal(picture.shape, np.float32)
+    picture = picture + uniform(0, 0.05) * rng.standard_normal(picture.shape, np.float32)
     return np.rint(255 * picture.clip(0, 1)).astype(np.uint8)

@@ -1,0 +1,208 @@
+"""Many training runs that answer one question: `python -m convnext_min.experiments road --data DIR --output DIR`.
+
+An experiment is a list of `Trial`s. Every trial and seed is one `convnext_min.train` in a process of its own, resumed
+if it was interrupted, and one row of runs.csv when it is done; summary.csv and card.json follow from the rows.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from convnext_min.records import environment, write_json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of a summary: a model, a recipe, what is set differently in it, and further arguments for `train`."""
+
+    name: str
+    model: str
+    recipe: str
+    settings: tuple[str, ...] = ()  # "key=value"
+    arguments: tuple[str, ...] = ()
+
+    def options(self, seed: int) -> list[str]:
+        """The options of convnext_min.train that repeat the run, but for where the data and the output are."""
+        options = ["--recipe", self.recipe, "--model", self.model, "--seed", str(seed), *self.arguments]
+        return [*options, "--set", *self.settings] if self.settings else options
+
+
+# One choice of the plain small-data recipe made differently at a time. Judged by a tenth of the training images, held
+# out, so that the validation images say how good the result is and not how well it was picked.
+LEVERS = {
+    "plain": (),
+    "layer scale 0.2": ("layer_scale_init=0.2",),
+    "fan-in init": ("init=fan_in",),
+    "overlapping stem": ("stem=overlapping",),
+    "learning rate / 2": ("base_lr=1e-3",),
+    "learning rate x 2": ("base_lr=4e-3",),
+    "gradient clipping": ("clip_grad=1.0",),
+    "Muon": ("optimizer=muon",),
+    "batch 32": ("batch_size=32",),
+    "batch 128": ("batch_size=128",),
+    "no average of weights": ("ema_decay=0.0",),
+    "64 px throughout": ("progressive=()", "resolution=64"),
+    "96 px throughout": ("progressive=()",),
+    "crops of 8% and more": ("crop_scale=(0.08, 1.0)",),
+    "crops of 60% and more": ("crop_scale=(0.6, 1.0)",),
+    "CutMix": ("cutmix=1.0",),
+    "Mixup": ("mixup=0.2",),
+    "stem, init, layer scale": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2"),
+    "stem, init, layer scale, Muon": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2", "optimizer=muon"),
+}
+
+EXPERIMENTS = {
+    "levers": [Trial(name, "convnext_atto", "imagenette", changes, ("--holdout",)) for name, changes in LEVERS.items()],
+}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, or none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows, at least one, so that `path` is a whole file at any moment."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a trial: the mean of its runs' top-1 in percent, their standard deviation, their number and mean time."""
+    by_trial = defaultdict(list)
+    for row in rows:
+        by_trial[row["trial"]].append(row)
+    return [
+        {
+            "trial": trial,
+            "top1": round(mean(top1 := [float(run["top1"]) for run in runs]), 2),
+            "std": round(stdev(top1), 2) if len(runs) > 1 else "",
+            "seeds": len(runs),
+            "seconds": round(mean(float(run["seconds"]) for run in runs)),
+            "parameters": runs[0]["parameters"],
+        }
+        for trial, runs in by_trial.items()
+    ]
+
+
+def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: int) -> dict[str, Any]:
+    """Train in a process of its own, in `output`/work, and return the row. Raises RuntimeError if that fails."""
+    folder = output / "work" / f"{trial.name}-{seed}".replace(" ", "_").replace("/", "by")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["-m", "convnext_min.train", "--output", str(folder), "--resume", *(["--data", data] if data else [])]
+    with open(folder / "output.txt", "a") as text:
+        done = subprocess.run(
+            [sys.executable, *command, *trial.options(seed)],
+            stdout=text,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+    if done.returncode:
+        raise RuntimeError(f"{trial.name}, seed {seed}, stopped with code {done.returncode}; see {folder}/output.txt")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "checkpoint.pt").unlink()
+    return {
+        "trial": trial.name,
+        "seed": seed,
+        "top1": round(100 * summary["top1"], 3),
+        "images": summary["images"],
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
+        "parameters": summary["parameters"],
+        "data": summary["source"],
+        "options": shlex.join(trial.options(seed)),
+        "recipe": json.dumps(summary["recipe"]),
+        "commit": summary["commit"],
+        "torch": summary["versions"]["torch"],
+        "cpu": summary["machine"]["cpu"],
+        "threads": threads,
+    }
+
+
+def run(name: str, output: Path, seeds: int, data: str | None = None, workers: int = 1) -> list[dict[str, Any]]:
+    """Make the runs of an experiment that `output`/`name`/runs.csv does not hold yet, all trials of a seed by turns.
+
+    `workers` runs at a time share the cores. Returns all rows. A failed run is reported at the end, as RuntimeError,
+    when the others are done.
+    """
+    folder = output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = list(read_rows(folder / "runs.csv"))
+    done = {(row["trial"], int(row["seed"])) for row in rows}
+    jobs = [(trial, seed) for seed in range(seeds) for trial in EXPERIMENTS[name] if (trial.name, seed) not in done]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failures = []
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=name, unit="run") as bar:
+        futures = [pool.submit(run_trial, trial, seed, data, folder, threads) for trial, seed in jobs]
+        try:
+            for future in as_completed(futures):
+                bar.update()
+                try:
+                    row = future.result()
+                except RuntimeError as error:
+                    failures.append(str(error))
+                    continue
+                rows.append(row)
+                write_rows(rows, folder / "runs.csv")
+                write_rows(summarize(rows), folder / "summary.csv")
+                write_json(card(name, rows), folder / "card.json")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return rows
+
+
+def card(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the rows were made."""
+    made = environment()
+    return {
+        "experiment": name,
+        "command": made["command"],
+        "commits": sorted({row["commit"] for row in rows if row["commit"]}),
+        "versions": made["versions"],
+        "machine": made["machine"],
+        "runs": len(rows),
+        "hours": round(sum(float(row["seconds"]) for row in rows) / 3600, 2),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments", description=__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it Imagenette")
+    parser.add_argument("--output", type=Path, default=Path("book/results"), help="the experiment gets a folder in it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, with the cores shared among them")
+    args = parser.parse_args(argv)
+    try:
+        rows = run(args.experiment, args.output, args.seeds, args.data, args.workers)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    for row in summarize(rows):
+        print(f"{row['trial']:<28} {row['top1']:>6.2f} ± {row['std'] or 0:.2f} % ({row['seeds']} seeds)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+import csv
+import json
+import shlex
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from PIL import Image
+
+from convnext_min import data, experiments, recipes, train
+from convnext_min.experiments import Trial
+
+TINY = ("epochs=1", "batch_size=4", "base_batch=4", "image_size=32", "resolution=32", "progressive=()")
+TINY += ("eval_resolution=32", "depths=(1,1,1,1)", "dims=(8,8,8,8)", "evaluate_every=0")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Drawn images as a folder of files."""
+    for split, number in (("train", 40), ("val", 20)):
+        sample = data.offline_sample(split, 32, number)
+        for i, (image, label) in enumerate(zip(sample.images, sample.labels.tolist())):
+            path = tmp_path / "data" / split / sample.classes[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    trials = [
+        Trial("a", "convnext_atto", "imagenette", TINY),
+        Trial("b / c", "convnext_atto", "imagenette", (*TINY, "stem=overlapping"), ("--holdout",)),
+    ]
+    monkeypatch.setitem(experiments.EXPERIMENTS, "made", trials)
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_path, monkeypatch):
+    output = tmp_path / "results"
+    experiments.run("made", output, seeds=1, data=str(root))
+    first = rows(output / "made" / "runs.csv")
+    assert [(row["trial"], row["seed"], row["images"]) for row in first] == [("a", "0", "20"), ("b / c", "0", "10")]
+
+    train.main([*shlex.split(first[1]["options"]), "--data", str(root), "--output", str(tmp_path / "again")])
+    summary = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert round(100 * summary["top1"], 3) == float(first[1]["top1"])
+    assert summary["recipe"] == json.loads(first[1]["recipe"])
+
+    made = []
+    monkeypatch.setattr(experiments, "run_trial", lambda trial, seed, *_: made.append((trial.name, seed)) or first[0])
+    experiments.run("made", output, seeds=2, data=str(root))
+    assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
+    assert json.loads((output / "made" / "card.json").read_text())["runs"] == 4
+
+
+def test_a_failed_run_is_named_and_the_others_are_kept(experiment, root, tmp_path, monkeypatch):
+    trials = [Trial("wrong", "convnext_atto", "imagenette", ("depths=(1,1)",)), *experiments.EXPERIMENTS["made"][:1]]
+    monkeypatch.setitem(experiments.EXPERIMENTS, "made", trials)
+    with pytest.raises(RuntimeError, match=r"wrong, seed 0, stopped with code 1; see .*output\.txt"):
+        experiments.run("made", tmp_path, seeds=1, data=str(root))
+    assert [row["trial"] for row in rows(tmp_path / "made" / "runs.csv")] == ["a"]
+    assert "depths takes" in (tmp_path / "made" / "work" / "wrong-0" / "output.txt").read_text()
+
+
+def test_summary_is_mean_and_standard_deviation():
+    made = [
+        {"trial": trial, "top1": top1, "seconds": "10", "parameters": "7"}
+        for trial, top1 in (("a", "50.0"), ("a", "53.0"), ("a", "51.0"), ("b", "20.0"))
+    ]
+    a, b = experiments.summarize(made)
+    assert (a["top1"], a["std"], a["seeds"]) == (round(mean((50, 53, 51)), 2), round(stdev((50, 53, 51)), 2), 3)
+    assert (b["top1"], b["std"], b["seeds"]) == (20.0, "", 1)
+
+
+@pytest.mark.parametrize("folder", sorted(Path("book/results").glob("*/runs.csv")), ids=lambda path: path.parent.name)
+def test_committed_summaries_follow_from_the_committed_runs(folder):
+    expected = experiments.summarize(rows(folder))
+    assert rows(folder.parent / "summary.csv") == [{k: str(v) for k, v in row.items()} for row in expected]
+
+
+def test_every_trial_has_a_name_of_its_own_and_a_valid_recipe():
+    for trials in experiments.EXPERIMENTS.values():
+        assert len({trial.name for trial in trials}) == len(trials)
+        for trial in trials:
+            recipes.get(trial.recipe, trial.settings)
