@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import socket
+import tarfile
 import tempfile
 import urllib.request
 import warnings
@@ -80,7 +81,8 @@ def imagenette(split: str, root: Path | str | None = None, size: int = 160) -> I
     into the cache. Where there is no network it says so and returns `offline_sample`. A folder holds
     train/<class>/*.JPEG and val/<class>/*.JPEG, and may be other data than Imagenette's. Prints once what is used.
 
-    Raises FileNotFoundError if `root` or IMAGENETTE_DIR names something else, ValueError for a wrong `split`.
+    Raises FileNotFoundError if `root` or IMAGENETTE_DIR names something else, OSError for a download that breaks off,
+    ValueError for a wrong `split`.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
@@ -105,7 +107,7 @@ def image_folder(root: Path | str, size: int = 160) -> ImageSet:
     folders, paths, labels = list_images(root)
     images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
     with ThreadPoolExecutor(2) as pool:  # PIL decodes outside of the interpreter's lock
-        decoded = pool.map(functools.partial(_decode, size=size), paths)
+        decoded = pool.map(functools.partial(decode, size=size), paths)
         broken = []
         for index, pixels in enumerate(tqdm(decoded, "decoding", len(paths), unit="image", delay=1)):
             if pixels is None:
@@ -145,8 +147,8 @@ def _refuse_empty(folders: list[Path], labels: Tensor) -> None:
             raise FileNotFoundError(f"class folder {folder} holds no readable image ({', '.join(IMG_EXTENSIONS)})")
 
 
-def _decode(path: Path, size: int) -> Tensor | None:
-    """Pixels (size, size, 3), or None for a broken file."""
+def decode(path: Path, size: int) -> Tensor | None:
+    """The image at `path` as RGB pixels uint8 (size, size, 3), cropped at the centre; None for a broken file."""
     try:
         with Image.open(path) as image:
             image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that is no smaller than that
@@ -198,7 +200,12 @@ def _downloaded(px: str) -> Path | None:
             return None
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as partial:  # a broken download leaves nothing behind
-            Imagenette(partial, "train", px, download=True)
+            try:
+                Imagenette(partial, "train", px, download=True)
+            except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:  # cut off, or not what was expected
+                raise OSError(
+                    f"the download of {url} broke off ({error}); run it again, or set IMAGENETTE_DIR"
+                ) from error
             (Path(partial) / folder.name).rename(folder)
     finally:
         socket.setdefaulttimeout(timeout)

@@ -118,7 +118,7 @@ def road(regime: str = "resnet50") -> Figure:
     left.plot(top1, y, color=BLUE, linewidth=1, alpha=0.5)
     left.errorbar(top1, y, xerr=std, fmt="o", color=BLUE, markersize=5, elinewidth=2)
     for i, value in enumerate(top1):
-        left.annotate(f"{value:.1f}", (value, i), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8.5)
+        left.annotate(f"{value:.2f}", (value, i), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
     left.set_yticks(y, [row["label"] for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(min(top1) - 0.4, max(top1) + 1.0)

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     recipe, bad = state["recipe"], 0
     for path in args.images:
-        pixels = data._decode(Path(path), recipe["image_size"])  # (S, S, 3), or None
+        pixels = data.decode(Path(path), recipe["image_size"])  # (S, S, 3), or None
         if pixels is None:
             bad += 1
             reason = "cannot be read as an image" if Path(path).is_file() else "is not a file"

@@ -97,20 +97,34 @@ def test_classes_must_be_the_same_in_both_splits(root):
         imagenette("train", root)
 
 
-def test_the_download(root, tmp_path, monkeypatch, capsys):
-    archive = tmp_path / "imagenette2-160.tgz"
-    with tarfile.open(archive, "w:gz") as tar:
+@pytest.fixture
+def archive(root, tmp_path, monkeypatch):
+    """The archive that an Imagenette of two classes is downloaded from, out of a server on this machine."""
+    path = tmp_path / "imagenette2-160.tgz"
+    with tarfile.open(path, "w:gz") as tar:
         tar.add(root, "imagenette2-160")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+        url = f"http://127.0.0.1:{server.server_port}/{path.name}"
         monkeypatch.setattr(Imagenette, "_ARCHIVES", {"160px": (url, None)})
-        assert len(imagenette("train", size=32)) == 6
+        yield path
         server.shutdown()
+
+
+def test_the_download(archive, capsys):
+    assert len(imagenette("train", size=32)) == 6
+    archive.unlink()
     data._downloaded.cache_clear()
     assert len(imagenette("val", size=32)) == 4  # out of the cache now
     assert "from the cache" in capsys.readouterr().out
+
+
+def test_a_download_that_breaks_off_is_named_and_leaves_nothing(archive, tmp_path):
+    archive.write_bytes(archive.read_bytes()[:-400])
+    with pytest.raises(OSError, match=r"imagenette2-160\.tgz broke off .* run it again, or set IMAGENETTE_DIR"):
+        imagenette("train", size=32)
+    assert not list((tmp_path / "home" / ".cache" / "convnext_min").iterdir())
 
 
 def test_without_network_the_sample_stands_in_and_says_so_once(monkeypatch, tmp_path, capsys):
