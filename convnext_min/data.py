@@ -341,11 +341,6 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return 0.834 * (radius * np.cos(turn) - 0.42) - 0.552 * radius * np.sin(turn)  # the line from a notch to a point
 
 
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.22)
-
-
 def _dots(u: np.ndarray, v: np.ndarray, waves: float) -> np.ndarray:
     cell = 1.5 * math.pi / waves
     return np.hypot(u % cell - cell / 2, v % cell - cell / 2) - 0.33 * cell
@@ -358,7 +353,7 @@ SHAPES = {
     "triangle": _triangle,
     "star": _star,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.2,
-    "cross": _cross,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.75 - np.hypot(u - 0.5, v)),
 }
 TEXTURES = {
     "stripes": lambda u, v, waves: np.sin(waves * u) / waves,
@@ -414,7 +409,7 @@ def _draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     else:  # a patch of the texture, of a form between a disc and a square
         power = uniform(2, 8)
         patch = (np.abs(u) ** power + np.abs(v) ** power) ** (1 / power) - 1
-        distance = np.maximum(TEXTURES[name](u, v, uniform(7, 13)), patch)
+        distance = np.maximum(TEXTURES[name](u, v, uniform(6, 11)), patch)
     ink = color(0.15 + 0.8 * (value + uniform(0.4, 0.6)), (0.2, 0.9))
     paint(distance * radius, ink * (1 + 0.15 * u[..., None]))
 

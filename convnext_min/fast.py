@@ -94,7 +94,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     the modules changes, so hooks, optimizers, copies and pickles go on working. On another device than the CPU the
     modules compute what they did before.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     for module in model.modules():
         if _is_plain_depthwise(module):
             module.__class__ = FastDepthwise
@@ -109,7 +109,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed, since a training step asks for the same buffers again and again.
 
     By default every buffer above 128 KiB goes back to the system when freed, and the next step pays for having

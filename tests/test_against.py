@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import torch
+
+from convnext_min import against, measure
+from convnext_min.against import SETTINGS, Contestant, Setting
+from convnext_min.convnext import convnext_atto
+
+EAGER = Setting("fp32", "NCHW", "eager")
+
+
+@pytest.mark.parametrize("name", against.CONTESTANTS)
+def test_all_contestants_have_the_same_sizes_and_take_a_step(name):
+    contestant = Contestant(name, "convnext_atto", Setting("bf16", "channels-last", "eager"), 32, 2, "train")
+    assert measure.count_parameters(contestant.model) == measure.count_parameters(convnext_atto())
+    before = [parameter.detach().clone() for parameter in contestant.model.parameters()]
+    contestant.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, contestant.model.parameters()))
+
+
+def test_the_outcome_names_every_setting_and_the_ratio_is_that_of_the_rounds(monkeypatch):
+    pace = {"convnext_min": 30.0, "timm": 10.0}
+    monkeypatch.setattr(Contestant, "speed", lambda self, seconds: pace[self.name] * (2 if self.bf16 else 1))
+    original = Contestant.__init__
+
+    def init(self, name, model, setting, *rest):
+        original(self, name, model, setting, *rest)
+        self.name, self.bf16 = name, setting.amp == "bf16"
+
+    monkeypatch.setattr(Contestant, "__init__", init)
+    settings = [EAGER, EAGER._replace(amp="bf16")]
+    outcome = against.contest(["timm"], "convnext_atto", 32, 2, "infer", rounds=2, settings=settings)
+    timm = outcome["results"]["timm"]
+    assert timm["trials"] == {"fp32, NCHW, eager": 10.0, "bf16, NCHW, eager": 20.0}
+    assert timm["setting"] == "bf16, NCHW, eager"
+    assert timm["ratio"] == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert outcome["results"]["convnext_min"]["ratio"]["median"] == 1.0
+    assert "ours is 3.00x (3.00-3.00)" in against.report(outcome)
+
+
+def test_settings_are_the_whole_product():
+    assert len(set(SETTINGS)) == 8
+
+
+def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(against.contest, "__defaults__", (*against.contest.__defaults__[:-2], 0.01, (EAGER,)))
+    options = ["--model", "convnext_atto", "--resolution", "32", "--batch", "2", "--mode", "infer", "--rounds", "1"]
+    measure.main(["--against", "official", *options, "--output", str(tmp_path)])
+    outcome = json.loads((tmp_path / "infer-convnext_atto-32px-batch2.json").read_text())
+    assert list(outcome["results"]) == ["convnext_min", "official"] and outcome["versions"]["torch"]
+    assert "official" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "valid"),
+    [(["keras"], "convnext_min, official, timm"), (["timm", "--model", "resnet50"], "convnext_atto, convnext_femto")],
+)
+def test_unknown_names_are_refused_with_those_that_are_known(options, valid, tmp_path):
+    with pytest.raises(SystemExit, match=f"unknown '.*'; valid: .*{valid}"):
+        measure.main(["--against", *options, "--output", str(tmp_path)])
