@@ -1,11 +1,15 @@
 """How to train: every choice of a run in one frozen `Recipe`, with the arithmetic that follows from it.
 
-Schedules are functions of `progress`, the fraction of the run that is done, so that they are the same whether a run
-lasts a number of epochs or a number of minutes.
+`python -m convnext_min.recipes show in1k --model convnext_base` prints a recipe and where each value comes from;
+`python -m convnext_min.recipes plan --recipe in1k --model convnext_tiny --gpus 8 --per-gpu-batch 128` says what it
+means on given hardware (see `plan`). Schedules are functions of `progress`, the fraction of the run that is done, so
+that they are the same whether a run lasts a number of epochs or a number of minutes.
 """
 
+import argparse
 import ast
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from types import UnionType
@@ -34,6 +38,13 @@ RANGES = (  # fields, what holds for their values, and how to say it
     ),
     (("stem",), lambda value: value in STEMS, " or ".join(STEMS)),
     (("init",), lambda value: value in INITS, " or ".join(INITS)),
+    (("layer_decay", "eval_crop"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    (
+        ("rand_augment",),
+        lambda value: value == "" or value.startswith("rand-"),
+        "empty or a RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1",
+    ),
+    (("loader",), lambda value: value in ("memory", "disk"), "memory or disk"),
     (("amp",), lambda value: value in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
 )
 
@@ -76,6 +87,7 @@ class Recipe:
     warmup: float = 20 / 300  # fraction of the run
     weight_decay: float = 0.05  # not on biases, norms and layer scale
     clip_grad: float | None = None  # largest norm of the gradient
+    layer_decay: float = 1.0  # learning rate of a group of blocks over that of the next: see `layer_decay`
 
     # Regularization
     label_smoothing: float = 0.1
@@ -83,16 +95,19 @@ class Recipe:
     mixup: float = 0.0  # alpha of its beta distribution; 0: off
     cutmix: float = 0.0  # the same; where both are on, a batch gets one or the other
     erasing: float = 0.0  # probability of random erasing
+    rand_augment: str = ""  # operations on the image as it is read, as timm writes them; "": none
 
     # Averaged weights
     ema_decay: float = 0.9999  # 0: no average
     ema_horizon: float | None = 0.1  # average over no more than this fraction of the steps so far; None: no limit
 
     # Images
+    loader: str = "memory"  # "memory": all images in memory, see `data`; "disk": read for each epoch, see `imagenet`
     image_size: int = 160  # the side at which images are kept in memory
     resolution: int = 128  # of the training images after cropping
     progressive: tuple[tuple[float, int], ...] = ()  # ((0.4, 96),): 96 px until 40% of the run, then `resolution`
     eval_resolution: int = 128
+    eval_crop: float = 1.0  # loader="disk": side of the central crop over the resized image's; 1: the whole, squeezed
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop, as fractions of the image
 
     # Model
@@ -116,6 +131,8 @@ class Recipe:
                     raise ValueError(f"{field.name} must be {needed}, got {value!r}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
+        if self.rand_augment and self.loader == "memory":
+            raise ValueError("rand_augment works on images as they are read: it needs loader=disk")
 
     @property
     def lr(self) -> float:
@@ -161,6 +178,45 @@ def describe(recipe: Recipe, images: int) -> str:
     return f"{length} of {recipe.batch_size} images, {steps:,} steps an epoch; {lr}, {warmup}"
 
 
+# The paper's recipes for ImageNet, without what depends on the model. Table 5: training from scratch.
+_AUGMENTATION = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoothing": 0.1}
+_IN1K = Recipe(
+    epochs=300,
+    optimizer="adamw",
+    betas=(0.9, 0.999),
+    batch_size=4096,
+    base_lr=4e-3,
+    base_batch=4096,
+    min_lr=1e-6,
+    warmup=20 / 300,
+    weight_decay=0.05,
+    mixup=0.8,
+    cutmix=1.0,
+    ema_decay=0.9999,
+    ema_horizon=None,
+    loader="disk",
+    resolution=224,
+    eval_resolution=224,
+    eval_crop=0.875,
+    crop_scale=(0.08, 1.0),
+    layer_scale_init=1e-6,
+    **_AUGMENTATION,
+)
+_FINE_TUNING = replace(  # Table 6
+    _IN1K,
+    epochs=30,
+    batch_size=512,
+    base_lr=5e-5,
+    base_batch=512,
+    warmup=0.0,
+    weight_decay=1e-8,
+    mixup=0.0,
+    cutmix=0.0,
+    ema_decay=0.0,
+    head_init_scale=0.001,
+)
+_AT_384 = {"resolution": 384, "eval_resolution": 384, "eval_crop": 1.0}
+
 RECIPES = {
     # Small data, as plain as it goes: the paper's optimizer, schedule and label smoothing, no mixing of images.
     "imagenette": Recipe(
@@ -174,23 +230,82 @@ RECIPES = {
         resolution=96,
         eval_resolution=96,
     ),
+    "in1k": _IN1K,
+    "in22k": replace(_IN1K, epochs=90, warmup=5 / 90, ema_decay=0.0),
+    "in1k-ft384": replace(_FINE_TUNING, layer_decay=0.7, **_AT_384),
+    "in22k-ft224": replace(_FINE_TUNING, layer_decay=0.8),
+    "in22k-ft384": replace(_FINE_TUNING, layer_decay=0.8, **_AT_384),
 }
 
 
-def get(name: str, settings: Iterable[str] = ()) -> Recipe:
-    """The recipe called `name`, changed by settings written "key=value"; values are Python literals.
+def _rates(*rates: float | None) -> dict[str, dict[str, Any]]:
+    """The stochastic depth of Tiny, Small, Base, Large and XLarge; None for what the paper did not train."""
+    names = (f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge"))
+    return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True) if rate is not None}
 
-    Raises ValueError, listing what is valid, for an unknown name or key, and for a value that does not fit.
+
+_FROM_22K = _rates(0.0, 0.1, 0.2, 0.3, 0.4)
+_FROM_22K["convnext_xlarge"] |= {"ema_decay": 0.9999}
+PER_MODEL = {  # recipe, model: the values that the model changes
+    "in1k": _rates(0.1, 0.4, 0.5, 0.5, None)
+    | {
+        "convnext_isotropic_small": {"drop_path": 0.1, "warmup": 50 / 300, "layer_scale_init": 0.0},
+        "convnext_isotropic_base": {"drop_path": 0.2, "warmup": 50 / 300, "layer_scale_init": 0.0},
+        "convnext_isotropic_large": {"drop_path": 0.5, "warmup": 50 / 300},
+    },
+    "in22k": _rates(0.0, 0.0, 0.1, 0.1, 0.2),
+    "in1k-ft384": _rates(None, None, 0.8, 0.95, None),
+    "in22k-ft224": _FROM_22K,
+    "in22k-ft384": _FROM_22K,
+}
+STARTS = {  # the weights that a recipe starts from
+    "in1k": "new weights",
+    "in22k": "new weights",
+    "in1k-ft384": "the weights of in1k: the last ones, but for convnext_large the averaged ones",
+    "in22k-ft224": "the last weights of in22k",
+    "in22k-ft384": "the last weights of in22k",
+}
+
+
+def get(name: str, settings: Iterable[str] = (), model: str | None = None) -> Recipe:
+    """The recipe called `name`, for `model` if its values depend on it, changed by settings written "key=value".
+
+    Values are Python literals. A model that the paper does not have takes a recipe of the paper if the settings give
+    its `drop_path`. Raises ValueError, listing what is valid, for an unknown name or key, for a model that the paper
+    did not train so, and for a value that does not fit.
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; valid: {', '.join(RECIPES)}")
     recipe, types = RECIPES[name], {field.name: field.type for field in fields(Recipe)}
+    changes = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in types:
             raise ValueError(f"cannot set {setting!r}: it takes key=value, with a key out of {', '.join(types)}")
-        recipe = replace(recipe, **{key: text if types[key] is str else _literal(text)})
+        changes[key] = text if types[key] is str else _literal(text)
+    for values in (_values_of_model(name, model, "drop_path" in changes), changes):
+        recipe = replace(recipe, **values)
     return recipe
+
+
+def _values_of_model(name: str, model: str | None, enough: bool) -> dict[str, Any]:
+    """What `model` changes in the recipe; nothing if the paper does not have it and the settings are `enough`."""
+    if name not in PER_MODEL:
+        return {}
+    models = PER_MODEL[name]
+    known = (model or "").rpartition(":")[2]  # timm:convnext_tiny is the same network
+    if known in models:
+        return models[known]
+    if enough:
+        return {}
+    others = [other for other, trained in PER_MODEL.items() if known in trained]
+    raise ValueError(
+        f"the paper has no {name} for {model}; it has it for {', '.join(models)}"
+        + (f", and for {model} it has {', '.join(others)}" if others else "")
+        + ". To use it all the same, give the stochastic depth: --set drop_path=0.1"
+        if model
+        else f"the values of {name} depend on the model; give one of {', '.join(models)}"
+    )
 
 
 def _literal(text: str) -> Any:
@@ -198,3 +313,84 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+# ---- Where the values come from
+
+_IN_TABLES = (  # what both of the paper's tables list
+    *(
+        "optimizer",
+        "betas",
+        "batch_size",
+        "base_lr",
+        "base_batch",
+        "epochs",
+        "warmup",
+        "weight_decay",
+        "label_smoothing",
+    ),
+    *("drop_path", "mixup", "cutmix", "erasing", "rand_augment", "ema_decay", "layer_scale_init", "resolution"),
+)
+_IN_CODE = ("min_lr", "clip_grad", "ema_horizon", "eval_resolution", "eval_crop", "crop_scale", "evaluate_every")
+
+
+def source(name: str, field: str, model: str, changed: bool) -> str:
+    """Where the value of `field` in the recipe `name` for `model` is written; `changed`: it is not the recipe's own."""
+    if changed:
+        return "your setting"
+    if name not in PER_MODEL:
+        return "this package"
+    table = "Table 6" if "-ft" in name else "Table 5"
+    if "isotropic" in model and field in PER_MODEL[name].get(model, ()):
+        return "appendix A"
+    if field in _IN_TABLES or (field in ("layer_decay", "head_init_scale") and table == "Table 6"):
+        return table
+    if field == "init":
+        return f"{table} has std 0.2, the released code 0.02" if table == "Table 5" else "released code"
+    if field in ("stem", "depths", "dims"):
+        return "section 2" if field == "stem" else "section 3, by the model"
+    return "released code" if field in (*_IN_CODE, "layer_decay", "head_init_scale") else "this package"
+
+
+def show(name: str, model: str, settings: Iterable[str] = ()) -> str:
+    """All values of a recipe for `model`, a line each: field, value, where it comes from."""
+    settings = list(settings)
+    recipe, changed = get(name, settings, model), {setting.partition("=")[0] for setting in settings}
+    start = f", starting from {STARTS[name]}" if name in STARTS else ""
+    lines = [f"{name} for {model}{start}"]
+    for field in fields(Recipe):
+        value = getattr(recipe, field.name)
+        shown = repr(value) if isinstance(value, (str, tuple)) else f"{value}"
+        if field.name == "warmup":
+            shown = f"{value * recipe.epochs:g} epochs"
+        lines.append(f"{field.name:<17} {shown:<28} {source(name, field.name, model, field.name in changed)}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    from convnext_min import plan  # which needs this module, and PyTorch
+
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.recipes", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    shows = commands.add_parser("show", help="print a recipe, each value with its source")
+    shows.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
+    shows.set_defaults(run=lambda args: show(args.recipe, args.model, args.set))
+    plans = commands.add_parser("plan", help="print what a recipe means on given hardware")
+    plans.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
+    plan.add_arguments(plans)
+    plans.set_defaults(run=plan.from_arguments)
+    for command in (shows, plans):
+        command.add_argument("--model", required=True, help="such as convnext_tiny")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change it")
+    args = parser.parse_args(argv)
+    try:
+        print(args.run(args))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    from convnext_min.recipes import main as imported  # not a second copy of the classes that other modules use
+
+    imported()

@@ -1,0 +1,172 @@
+"""What a recipe means on given hardware and data, before the hours are spent: `python -m convnext_min.recipes plan`.
+
+The batch of a recipe is what one step of the optimizer sees, on however many processes: each takes its share, in as
+many parts as its memory needs, and adds up their gradients (accumulation).
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from convnext_min import recipes
+from convnext_min.recipes import Recipe
+
+IMAGES = {"in1k": 1_281_167, "in22k": 14_197_122, "imagenette": 9_469}  # in training; fine-tuning is on ImageNet-1K
+HIGH_LR = 4.0  # times the rule's rate that is known to fail
+OLD_SHARE = 0.01  # of the initial weights in the average at the end that is too much
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's arithmetic. `recipe.batch_size` is what the hardware gives: the recipe's own, or the nearest to it."""
+
+    recipe: Recipe
+    images: int  # of the training set
+    processes: int
+    per_process: int  # images of a process at a time
+    accumulation: int  # times that, for a step
+    images_per_second: float | None  # of one process
+    warnings: tuple[str, ...]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, self.images // self.recipe.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        return recipes.warmup_steps(self.recipe, self.steps_per_epoch)
+
+    @property
+    def ema_half_life(self) -> float | None:
+        """Epochs after which a weight counts half in the average, at the end of the run; None without an average."""
+        decay = self.recipe.ema_decay_at(self.steps)
+        return math.log(0.5) / math.log(decay) / self.steps_per_epoch if decay else None
+
+    @property
+    def hours(self) -> float | None:
+        """Of training, without evaluation; None if the speed is not known."""
+        if self.images_per_second is None:
+            return None
+        return self.steps * self.recipe.batch_size / (self.images_per_second * self.processes) / 3600
+
+    def __str__(self) -> str:
+        each = f"{_many(self.processes, 'process')} with {self.per_process:,} images at a time"
+        times = f", {self.accumulation} times accumulated" if self.accumulation > 1 else ""
+        lines = [f"{each}{times}: {self.recipe.batch_size:,} images a step"]
+        lines += [recipes.describe(self.recipe, self.images)]
+        if self.recipe.minutes is None:
+            if self.ema_half_life:
+                lines += [f"the average of the weights forgets half in {self.ema_half_life:.2g} epochs"]
+            if self.hours is not None:
+                speed = f"{self.images_per_second:,.0f} images a second in each process"
+                lines += [f"{self.hours:,.1f} hours at {speed}, without evaluation"]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "es")
+
+
+def plan(
+    recipe: Recipe,
+    images: int,
+    processes: int = 1,
+    per_process: int | None = None,
+    images_per_second: float | None = None,
+    rule: Recipe | None = None,
+    stride: int = 32,
+) -> Plan:
+    """The plan of `recipe` on `images` training images, with warnings of what is known to fail.
+
+    `per_process` is what a process, such as a GPU, takes at a time; its whole share of the batch if not given. Where
+    processes and parts do not divide the batch, the nearest batch that they do divide is planned, and the learning rate
+    changes in proportion. `rule` is the recipe whose learning rate is known to work, to compare with; `stride` is how
+    much smaller than the image the network's last layers are, 16 in an isotropic network. Raises ValueError for numbers
+    that are not positive.
+    """
+    if per_process is None:
+        per_process = max(1, recipe.batch_size // max(1, processes))
+    for name, value in (("images", images), ("processes", processes), ("images of a process", per_process)):
+        if value < 1:
+            raise ValueError(f"the number of {name} must be positive, got {value}")
+    accumulation = max(1, round(recipe.batch_size / (processes * per_process)))
+    batch = processes * per_process * accumulation
+    planned = Plan(
+        replace(recipe, batch_size=batch), images, processes, per_process, accumulation, images_per_second, ()
+    )
+    return replace(planned, warnings=tuple(_warnings(planned, recipe, rule, stride)))
+
+
+def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) -> list[str]:
+    recipe, found = planned.recipe, []
+    if recipe.batch_size != asked.batch_size:
+        found.append(
+            f"{_many(planned.processes, 'process')} with {planned.per_process} images cannot make steps of "
+            f"{asked.batch_size}; the nearest is {recipe.batch_size}, with learning rate {recipe.lr:.3g} instead of "
+            f"{asked.lr:.3g}: --set batch_size={recipe.batch_size}"
+        )
+    if recipe.batch_size > planned.images:
+        found.append(
+            f"a step of {recipe.batch_size:,} images is more than the data has, {planned.images:,}: "
+            f"--set batch_size={2 ** int(math.log2(max(2, planned.images // 10)))} or less"
+        )
+    if rule and recipe.lr > HIGH_LR * (right := replace(rule, batch_size=recipe.batch_size).lr):
+        found.append(
+            f"the learning rate {recipe.lr:.3g} is {recipe.lr / right:.0f} times that of the rule, {right:.3g} for "
+            f"{recipe.batch_size} images: --set base_lr={rule.base_lr:g} base_batch={rule.base_batch}"
+        )
+    if recipe.minutes is None and recipe.ema_horizon is None and recipe.ema_decay:
+        old = recipe.ema_decay**planned.steps
+        if old > OLD_SHARE:
+            found.append(
+                f"the run is too short for its average: after {planned.steps:,} steps with decay {recipe.ema_decay} "
+                f"{old:.0%} of it are the initial weights: --set ema_horizon=0.1 (or ema_decay=0.0 for none)"
+            )
+    smallest = min([recipe.resolution, *(side for _, side in recipe.progressive)])
+    if smallest // stride < 2:
+        found.append(
+            f"at {smallest} pixels the last layers see {smallest // stride}×{smallest // stride} positions, and their "
+            f"7×7 kernels little but padding: --set resolution={2 * stride} or more, even if the images are smaller"
+        )
+    return found
+
+
+def measure_speed(model: str, recipe: Recipe, per_process: int) -> float:
+    """Images a second of `model` in training here, as the trainer computes, but without loading and the optimizer."""
+    from convnext_min import engine, fast, measure, train  # they need the arithmetic of this module themselves
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = train.make_model(model, recipe, 1000).to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        fast.accelerate(network)
+    with torch.autocast(device.type, torch.bfloat16, enabled=engine.uses_bf16(recipe.amp, device)):
+        return measure.throughput(network, recipe.resolution, per_process, training=True).median
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command line that `from_arguments` reads, but for --recipe, --model and --set."""
+    parser.add_argument("--gpus", type=int, default=1, help="on all nodes together: one process each")
+    parser.add_argument("--per-gpu-batch", type=int, help="images at a time; without it the whole share of the batch")
+    parser.add_argument("--images", type=int, help="of the training set; without it those of the recipe's")
+    parser.add_argument("--epochs", help="instead of the recipe's")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--images-per-second", type=float, help="of one GPU in training")
+    speed.add_argument("--measure", action="store_true", help="the same, measured on this machine now")
+
+
+def from_arguments(args: argparse.Namespace) -> Plan:
+    """The plan that the command line asks for."""
+    settings = args.set + ([f"epochs={args.epochs}", "minutes=None"] if args.epochs else [])
+    recipe = recipes.get(args.recipe, settings, args.model)
+    speed = args.images_per_second
+    if args.measure:
+        speed = measure_speed(args.model, recipe, args.per_gpu_batch or max(1, recipe.batch_size // args.gpus))
+    images = args.images or IMAGES.get(args.recipe, IMAGES["in1k"])
+    stride = 16 if "isotropic" in args.model else 32
+    return plan(recipe, images, args.gpus, args.per_gpu_batch, speed, recipes.RECIPES[args.recipe], stride)
