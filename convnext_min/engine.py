@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convnext_min import fast
 from convnext_min.data import Batches, ImageSet
+from convnext_min.layer_decay import learning_rate_scales
 from convnext_min.recipes import Recipe
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -32,18 +33,25 @@ NOT_DECAYED = ("bias", "gamma", "layer_scale")  # layer scale is `gamma` here an
 WRITING_SECONDS = 5.0  # kept free at the end of a timed run for the checkpoint and the curve
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trained parameters in two groups: with weight decay, and without it (biases, norms and layer scale).
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """The trained parameters in groups: with weight decay, and without it (biases, norms and layer scale).
 
-    What a parameter is decides, not its shape: torchvision stores layer scale as (C, 1, 1).
+    What a parameter is decides, not its shape: torchvision stores layer scale as (C, 1, 1). With a `layer_decay` below
+    1 there are two such groups for each group of layers; the learning rate of a group is the run's times `lr_scale`.
     """
-    decayed, free = [], []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    scales = learning_rate_scales(model, layer_decay) if layer_decay < 1 else {}
+    groups = {}  # scale: parameters with and without decay
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad:
-                exempt = name in NOT_DECAYED or isinstance(module, NORMS)
+                decayed, free = groups.setdefault(scales.get(name, 1.0), ([], []))
+                exempt = name.rpartition(".")[2] in NOT_DECAYED or isinstance(module, NORMS)
                 (free if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for scale, pair in sorted(groups.items(), reverse=True)  # that of the run's own rate first: it is logged
+        for parameters, decay in zip(pair, (weight_decay, 0.0))
+    ]
 
 
 def uses_bf16(amp: str, device: torch.device) -> bool:
@@ -66,7 +74,7 @@ class Run:
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
         classes = len(train_set.classes)
         self._check_outputs(name, classes)
-        groups = parameter_groups(model, recipe.weight_decay)
+        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
         self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, betas=recipe.betas)
         if self.device.type == "cpu":
             fast.accelerate(model)
