@@ -235,19 +235,19 @@ def decode(source: Source, index: int) -> tuple[Image.Image, int]:
 
 
 class Samples(Dataset):
-    """What the workers do: from numbers of images to x (n, 3, R, R), y (n,) and the names of those that are broken."""
+    """What the workers do: from numbers of images to x (n, 3, R, R), labels and the names of those that are broken."""
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], train: bool, seed: int, epoch: int):
         self.source, self.transform, self.train, self.key = source, transform, train, (seed, epoch)
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
         images, labels, broken = [], [], []
         for index in map(int, indices):
             if (found := self._readable(index, broken)) is not None:
                 with seeded(*self.key, index):
                     images.append(self.transform(found[0]))
                 labels.append(found[1])
-        return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), broken
+        return torch.stack(images) if images else torch.empty(0), labels, broken
 
     def _readable(self, index: int, broken: list[str]) -> tuple[Image.Image, int] | None:
         """Image `index`; if it is broken, in training another that its number decides, in evaluation None."""
@@ -319,8 +319,8 @@ class Loader:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the batches of an epoch, from batch `start` on: x float32 (n, 3, R, R), y int64 (n,).
 
-        In training n is batch_size / world. In evaluation all parts together are every image once; they differ in size
-        by one at most, and an empty part is not yielded.
+        In training n is batch_size / world. In evaluation all parts together are every image once, but for those that
+        cannot be read; they differ in size, and may be empty, so that all processes count the same batches.
         """
         order = np.arange(self.images)
         if self.train:
@@ -328,7 +328,8 @@ class Loader:
         parts = []
         for k in range(start, len(self)):
             batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-            part = np.array_split(batch, self.world)[self.rank]
+            n = len(batch)
+            part = batch[n * self.rank // self.world : n * (self.rank + 1) // self.world]
             parts.append([part[i : i + CHUNK] for i in range(0, len(part), CHUNK)])
         samples = Samples(
             self._source, transform(self.recipe, self.train, self.resolution), self.train, self.seed, epoch
@@ -344,13 +345,15 @@ class Loader:
         batches = self._joined(iter(chunks), [len(part) for part in parts])
         return _ahead(batches) if self.workers else batches
 
-    def _joined(self, chunks: Iterator[tuple[Tensor, Tensor, list[str]]], counts: list[int]) -> Iterator[Any]:
+    def _joined(self, chunks: Iterator[tuple[Tensor, list[int], list[str]]], counts: list[int]) -> Iterator[Any]:
         for count in counts:
-            x, y, broken = zip(*(next(chunks) for _ in range(count))) if count else ((), (), ())
-            self._report(itertools.chain(*broken))
-            if any(map(len, y)):
-                x, y = torch.cat([part for part in x if len(part)]), torch.cat(y)
-                yield (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
+            images, labels = [torch.empty(0, 3, self.resolution, self.resolution)], []
+            for x, y, broken in itertools.islice(chunks, count):
+                images += [x] if len(x) else []
+                labels += y
+                self._report(broken)
+            x, y = torch.cat(images), torch.tensor(labels, dtype=torch.int64)
+            yield (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
 
     def _report(self, names: Iterable[str]) -> None:
         for name in names:
