@@ -1,0 +1,84 @@
+"""The batch script, run by bash with stand-ins for Slurm's commands and for Python."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "convnext_min" / "slurm" / "imagenet.sbatch"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is missing")
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=32 exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> log
+[[ $1 == show ]] && printf 'node7\\nnode8\\n'
+"""
+PYTHON = """#!/bin/bash
+echo "python $*" >> log
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >> log
+touch started
+while [[ -e wait ]]; do sleep 0.05; done
+exit "$(cat code)"
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "60123", "SLURM_CPUS_PER_TASK": "12"}
+    env = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def run(code, *arguments, **variables):
+        (tmp_path / "code").write_text(str(code))
+        return subprocess.Popen(["bash", SCRIPT, *arguments], cwd=tmp_path, env=env | variables)
+
+    return run
+
+
+def test_bash_can_parse_it():
+    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
+
+
+def test_each_process_gets_its_number_and_the_options(start, tmp_path):
+    assert start(0, "/data/image net", "runs/a", "--keep", "3", MODEL="convnext_small").wait() == 0
+    nodes, python, numbers = (tmp_path / "log").read_text().splitlines()
+    assert nodes == "scontrol show hostnames node[7-8]"
+    assert python.startswith(
+        "python -m convnext_min.train --recipe in1k --model convnext_small --data /data/image net "
+    )
+    assert "--output runs/a --resume" in python and python.endswith("--keep 3")
+    assert numbers == "9 1 32 node7 20123"
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_only_a_run_that_was_asked_to_stop_goes_back_into_the_queue(start, tmp_path, code):
+    assert start(code, "data", "out").wait() == code
+    assert ("scontrol requeue 60123" in (tmp_path / "log").read_text()) == (code == 143)
+
+
+def test_a_signal_to_the_script_does_not_end_it_before_the_training(start, tmp_path):
+    (tmp_path / "wait").touch()
+    process = start(143, "data", "out")
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    (tmp_path / "wait").unlink()
+    assert process.wait(10) == 143 and "scontrol requeue" in (tmp_path / "log").read_text()
+
+
+def test_missing_folders_are_asked_for(start):
+    assert start(0).wait() != 0
+    assert start(0, "data").wait() != 0
