@@ -171,7 +171,23 @@ class HuggingFace:
             return file.read(), label
 
 
-Source = Folder | Shards | HuggingFace
+class Part:
+    """The images of a source with the given numbers."""
+
+    def __init__(self, source: Folder | Shards | HuggingFace, indices: np.ndarray):
+        self.source, self.indices, self.classes = source, indices, source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        return self.source.read(int(self.indices[index]))
+
+
+Source = Folder | Shards | HuggingFace | Part
 
 
 def open_source(source: Path | str, split: str) -> Source:
@@ -373,19 +389,27 @@ def loader(
     world: int = 1,
     workers: int | None = None,
     batch_size: int | None = None,
+    holdout: bool = False,
 ) -> Loader:
     """Batches of `split` of a source (see `open_source`) for process `rank` of `world`.
+
+    With `holdout`, "val" is every tenth of the training images and "train" the others: to choose settings by, and for
+    ImageNet-22K, which has no validation images.
 
     `batch_size`, of all processes together, is the recipe's in training and 64 for each process in evaluation, if not
     given; `workers` of this process are the CPU cores divided by the processes on this machine, at most 16. Raises
     FileNotFoundError for a source that is not there, ValueError for a batch that does not fit processes or data.
     """
-    images = open_source(source, split)
+    images = open_source(source, "train" if holdout else split)
+    place = Path(source).name if isinstance(images, Folder) else source
+    if holdout:
+        numbers = np.arange(len(images))
+        images = Part(images, numbers[(numbers % 10 == 0) == (split == "val")])
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    place = Path(source).name if isinstance(images, Folder) else source
-    description = f"{place}/{split}: {len(images):,} images read from the disk"
+    part = f"{split}, held out of train" if holdout else split
+    description = f"{place}/{part}: {len(images):,} images read from the disk"
     batch_size = batch_size or (recipe.batch_size if train else 64 * world)
     return Loader(images, description, recipe, train, seed, rank, world, workers, batch_size)
 

@@ -171,6 +171,16 @@ def test_the_evaluation_crop_is_the_papers(root):
     torch.testing.assert_close(first(recipes.get("in1k-ft384", model="convnext_base")), normalized(at_384))
 
 
+def test_every_tenth_image_can_be_held_out(root):
+    whole = Folder(root / "train")
+    train, val = (loader(root, split, RECIPE, split == "train", workers=0, holdout=True) for split in ("train", "val"))
+    assert (train.images, val.images) == (18, 2) and val.source.startswith(f"{root.name}/val, held out of train: 2 ")
+    held_out = [val._source.read(i) for i in range(2)]
+    assert held_out == [whole.read(0), whole.read(10)]
+    assert sorted(held_out + [train._source.read(i) for i in range(18)]) == sorted(map(whole.read, range(20)))
+    assert [val._source.name(i) for i in range(2)] == [whole.name(0), whole.name(10)]
+
+
 # ---- Images that cannot be read
 
 
