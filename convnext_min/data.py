@@ -234,7 +234,8 @@ class Batches:
     aspect ratio from 3/4 to 4/3, resized with antialiasing; flipped left to right half of the time. The last short
     batch is dropped, unless it is the only one. In evaluation: whole images in order, every one.
 
-    Batch k of epoch i depends on `seed`, i and k alone. `resolution` may be set between epochs.
+    Batch k of epoch i depends on `seed`, i and k alone. `resolution` may be set between epochs. Process `rank` of
+    `world` gets its part of each batch, an equal one in training: all parts together are the batch of one process.
     """
 
     def __init__(
@@ -245,6 +246,8 @@ class Batches:
         train: bool,
         seed: int = 0,
         scale: tuple[float, float] = (0.35, 1.0),
+        rank: int = 0,
+        world: int = 1,
     ):
         if len(image_set) == 0 or batch_size < 1 or resolution < 1:
             raise ValueError(
@@ -253,12 +256,16 @@ class Batches:
             )
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must be two increasing fractions in (0, 1], got {scale}")
+        if train and (batch := min(batch_size, len(image_set))) % world:
+            raise ValueError(f"a batch of {batch} images cannot be divided among {world} processes")
         self.image_set = image_set
         self.batch_size = batch_size
         self.resolution = resolution
         self.train = train
         self.seed = seed
         self.scale = scale
+        self.rank, self.world = rank, world
+        self.classes, self.source, self.images = image_set.classes, image_set.source, len(image_set)
 
     def __len__(self) -> int:
         if self.train:
@@ -272,20 +279,25 @@ class Batches:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
         for k in range(start, len(self)):
             indices = torch.from_numpy(order[k * self.batch_size : (k + 1) * self.batch_size])
+            n = len(indices)
+            part = slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
             if self.train:
-                images = self._augmented(indices, np.random.default_rng((self.seed, epoch, 1 + k)))
+                images = self._augmented(indices, part, np.random.default_rng((self.seed, epoch, 1 + k)))
             else:
-                images = _resized(self.image_set.images[indices], self.resolution)
-            yield normalize(images), self.image_set.labels[indices]
+                images = _resized(self.image_set.images[indices[part]], self.resolution)
+            yield normalize(images), self.image_set.labels[indices[part]]
 
-    def _augmented(self, indices: Tensor, rng: np.random.Generator) -> Tensor:
-        """A random resized crop of each image, every second flipped: uint8 (B, 3, resolution, resolution)."""
+    def _augmented(self, indices: Tensor, part: slice, rng: np.random.Generator) -> Tensor:
+        """A random resized crop of each image, every second flipped: uint8 (B, 3, resolution, resolution).
+
+        What is drawn for the whole batch is the same in every process; each does the work for its own part.
+        """
         images = self.image_set.images
-        tops, lefts, heights, widths = random_crops(len(indices), images.shape[-1], self.scale, rng)
-        out = images.new_empty(len(indices), 3, self.resolution, self.resolution)
-        for i, (index, top, left, height, width) in enumerate(zip(indices, tops, lefts, heights, widths)):
+        boxes = random_crops(len(indices), images.shape[-1], self.scale, rng)
+        flip = torch.from_numpy(rng.random(len(indices)) < 0.5)[part]
+        out = images.new_empty(len(flip), 3, self.resolution, self.resolution)
+        for i, (index, top, left, height, width) in enumerate(zip(indices[part], *(side[part] for side in boxes))):
             out[i] = _resized(images[index, None, :, top : top + height, left : left + width], self.resolution)[0]
-        flip = torch.from_numpy(rng.random(len(indices)) < 0.5)
         out[flip] = out[flip].flip(-1)
         return out
 
@@ -306,6 +318,8 @@ def random_crops(n: int, size: int, scale: tuple[float, float], rng: np.random.G
 
 
 def _resized(images: Tensor, resolution: int) -> Tensor:
+    if len(images) == 0:  # a process without a part of the last batch
+        return images.new_empty(0, 3, resolution, resolution)
     return interpolate(images, (resolution, resolution), mode="bilinear", antialias=True)
 
 

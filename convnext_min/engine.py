@@ -1,7 +1,8 @@
 """One step of training, and everything it depends on: what a checkpoint holds and a resumed run starts from.
 
 What step k does follows from the weights, the seed and k alone, so a run that was interrupted and resumed ends, on the
-same machine, with the weights of one that was not.
+same machine, with the weights of one that was not. The same steps in several processes, or on a batch in several parts,
+differ by rounding, and by what stochastic depth, mixing and erasing draw.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -23,14 +25,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from convnext_min import fast
-from convnext_min.data import Batches, ImageSet
+from convnext_min import distributed, fast
+from convnext_min.data import Batches
 from convnext_min.layer_decay import learning_rate_scales
 from convnext_min.recipes import Recipe
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NOT_DECAYED = ("bias", "gamma", "layer_scale")  # layer scale is `gamma` here and in timm, `layer_scale` in torchvision
 WRITING_SECONDS = 5.0  # kept free at the end of a timed run for the checkpoint and the curve
+ONE_REQUEST = 2.0  # seconds within which signals are one request: Ctrl-C reaches a process also through torchrun
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How a run uses its machines, and what it leaves there. A run may be continued with another setup."""
+
+    per_device_batch: int | None = None  # images of a process at a time; None: all that it gets of a batch
+    compile: bool = False
+    checkpoint_activations: bool = False
+    fsdp: bool = False  # the network split over the processes, instead of a copy in each
+    save_every: str = ""  # besides the end of each epoch: "500" steps, "15m" minutes
+    keep: int = 2  # checkpoints, the newest and those before it
+    wandb: str = ""  # project of Weights & Biases
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
@@ -54,52 +70,99 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     ]
 
 
-def uses_bf16(amp: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16 under autocast; "auto" does where the hardware multiplies it natively."""
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What to compute in under autocast, None for float32; "auto" is bfloat16 where hardware multiplies it natively.
+
+    Raises ValueError for float16 on a CPU.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"amp=fp16 is for GPUs, and this runs on {device}: take bf16 or fp32")
     if amp != "auto":
-        return amp == "bf16"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # before PyTorch 2.10 nothing is known
-    return any(able.get(feature, False) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # nothing before PyTorch 2.10
+    return torch.bfloat16 if any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
 
 
 class Run:
     """A network in training: all that a checkpoint holds, and its place in the schedule."""
 
     def __init__(
-        self, model: nn.Module, name: str, recipe: Recipe, train_set: ImageSet, seed: int, device: str, started: float
+        self,
+        model: nn.Module,
+        name: str,
+        recipe: Recipe,
+        batches: Batches,
+        seed: int,
+        device: torch.device | str,
+        started: float,
+        setup: Setup | None = None,
     ):
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
-        classes = len(train_set.classes)
+        self.device, self.setup = torch.device(device), setup or Setup()
+        self.recipe, self.batches, self.seed = recipe, batches, seed
+        self.dtype = autocast_dtype(recipe.amp, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        if self.setup.fsdp and self.scaler.is_enabled():
+            raise ValueError("--fsdp is not tested with amp=fp16: take bf16")
+        self.micro_batch = self._micro_batch()
+        classes = len(batches.classes)
+        model = model.to(self.device, memory_format=torch.preserve_format if self.setup.fsdp else torch.channels_last)
+        if self.device.type == "cuda" and distributed.world() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it exists for GPUs only
+        self.model = model
         self._check_outputs(name, classes)
-        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
-        self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, betas=recipe.betas)
-        if self.device.type == "cpu":
+        self.accelerated = self.device.type == "cpu" and not self.setup.compile
+        if self.accelerated:
             fast.accelerate(model)
         self.ema = None
         if recipe.ema_decay:
             self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self.network = self._laid_out()
+        self.forward = torch.compile(self.network) if self.setup.compile else self.network
+        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+        self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, betas=recipe.betas)
         self.mix = self.erase = None
         if recipe.mixup or recipe.cutmix:
             self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-        if recipe.erasing:
-            self.erase = RandomErasing(recipe.erasing, mode="pixel", device=device)
-        self.bf16 = uses_bf16(recipe.amp, self.device)
-        self.batches = Batches(train_set, recipe.batch_size, recipe.resolution, True, seed, recipe.crop_scale)
+        if recipe.erasing and not getattr(batches, "erases", False):
+            self.erase = RandomErasing(recipe.erasing, mode="pixel", device=self.device)
         self.identity = {  # in every checkpoint of the run
             "model": name,
             "recipe": dataclasses.asdict(recipe),
             "seed": seed,
-            "classes": train_set.classes,
-            "source": train_set.source,
+            "classes": batches.classes,
+            "source": batches.source,
         }
         self.step = 0  # steps of the optimizer so far
+        self.lr = 0.0  # of the last one
         self.rows: list[dict] = []  # one for each line of the log
         self.sums = {"loss": 0.0, "steps": 0, "seconds": 0.0}  # of the steps since the last row
         self.started, self.earlier = started, 0.0  # start of this process; seconds of those that it continues
         self.window = (0.0, 0.0)  # seconds at which a timed run begins and stops training
+        self.stopped = False
+        self.agree()
+
+    def _micro_batch(self) -> int:
+        """How many images a process takes at a time. Raises ValueError if they do not make up the batch."""
+        batch, world = self.recipe.batch_size, distributed.world()
+        size = self.setup.per_device_batch or batch // world
+        if size < 1 or batch % (size * world):
+            per = f"{size} images" + (f" in each of {world} processes" if world > 1 else "")
+            raise ValueError(f"a batch of {batch} images cannot be made up of parts of {per}")
+        if (self.recipe.mixup or self.recipe.cutmix) and size % 2:
+            raise ValueError(f"mixup and cutmix need an even number of images at a time in a process, got {size}")
+        return size
+
+    def _laid_out(self) -> nn.Module:
+        """The network as this machine computes it: the same parameters, here or split over the processes."""
+        if self.setup.fsdp:
+            distributed.shard(self.model, self.device)
+            if self.ema:
+                distributed.shard(self.ema.module, self.device)
+        if self.setup.checkpoint_activations:
+            distributed.checkpoint_activations(self.model)
+        return self.model if self.setup.fsdp else distributed.copies(self.model)
 
     def _check_outputs(self, name: str, classes: int) -> None:
         side = self.recipe.resolution
@@ -110,8 +173,14 @@ class Run:
         self.model.train()
 
     def __str__(self) -> str:
-        faster = ", accelerated by convnext_min.fast" if self.device.type == "cpu" else ""
-        return f"on {self.device} in {'bf16' if self.bf16 else 'fp32'}{faster}, seed {self.seed}"
+        parts, world = self.recipe.batch_size // (self.micro_batch * distributed.world()), distributed.world()
+        return ", ".join(
+            [f"on {self.device} in {str(self.dtype or torch.float32).removeprefix('torch.')}"]
+            + [f"{world} processes"] * (world > 1)
+            + [f"a batch in {parts} parts of {self.micro_batch}"] * (parts > 1)
+            + ["accelerated by convnext_min.fast"] * self.accelerated
+            + [f"seed {self.seed}"]
+        )
 
     @property
     def best(self) -> nn.Module:
@@ -126,17 +195,24 @@ class Run:
         """Wall clock since the start of the process, with those of the processes that it resumes."""
         return self.earlier + time.time() - self.started
 
+    def agree(self, stop: bool = False) -> None:
+        """Take the clock of the first process, `now`, and whether any has to stop: what comes next depends on both."""
+        first = distributed.rank() == 0
+        self.now, stops = distributed.total(self.seconds if first else 0.0, stop)
+        self.stopped = self.stopped or stops > 0
+
     @property
     def progress(self) -> float:
         """The fraction of the run that is done, from 0 to 1: of its minutes, if the recipe gives them, or its steps."""
         if self.recipe.minutes is None:
             return self.step / (self.recipe.epochs * len(self.batches))
         first, last = self.window
-        return min(1.0, (self.seconds - first) / (last - first))
+        return min(1.0, (self.now - first) / (last - first))
 
     def open_window(self, evaluation: float) -> None:
         """Begin the schedule of a timed run now, and end it `evaluation` seconds, and those for writing, early."""
-        first = self.window[0] if self.step else self.seconds
+        self.agree()
+        first = self.window[0] if self.step else self.now
         last = 60 * self.recipe.minutes - evaluation - WRITING_SECONDS
         if first >= last:
             raise ValueError(
@@ -147,35 +223,37 @@ class Run:
 
     def has_time_for(self, seconds: float) -> bool:
         """Whether there is training left to do after a pause of so many seconds."""
-        return self.recipe.minutes is None or self.seconds + seconds < self.window[1]
+        return self.recipe.minutes is None or self.now + seconds < self.window[1]
 
     def train_step(self, x: Tensor, y: Tensor) -> float:
-        """One step on images (B, 3, R, R) and labels (B,): the loss. Raises FloatingPointError if it is not finite."""
-        self._seed_step()
-        lr = self.recipe.lr_at(self.progress)
+        """One step on images (B, 3, R, R) and labels (B,), this process's part of the batch: the loss of all of it.
+
+        Raises FloatingPointError, in all processes and before the weights change, if the loss is not finite.
+        """
+        self.lr = self.recipe.lr_at(self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        y, smoothing = y.to(self.device, non_blocking=True), self.recipe.label_smoothing
-        if self.mix:
-            x, y = self.mix(x, y)  # y: (B, classes), smoothed
-            smoothing = 0.0
-        if self.erase:
-            x = self.erase(x)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
-        loss.backward()
-        value = loss.item()
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+        parts = list(zip(x.split(self.micro_batch), y.split(self.micro_batch)))
+        value = torch.zeros((), device=self.device)
+        for i, (images, labels) in enumerate(parts):
+            self._seed_step(i)
+            with distributed.gradients_stay(self.network, i + 1 < len(parts)):
+                loss = self._loss(images, labels) * (len(labels) / len(y))
+                self.scaler.scale(loss).backward()
+            value += loss.detach()
+        value = distributed.total(value.item())[0] / distributed.world()
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss is {value} at step {self.step}, at learning rate {lr:.3g}; "
+                f"the loss is {value} at step {self.step}, at learning rate {self.lr:.3g}; "
                 "a lower base_lr or clip_grad=1.0 may help"
             )
         if self.recipe.clip_grad:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
+        distributed.share_buffers(self.model)
         if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
@@ -183,9 +261,23 @@ class Run:
         self.sums["steps"] += 1
         return value
 
-    def _seed_step(self) -> None:
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy of the network on `x`, mixed and erased as the recipe says."""
+        x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        y, smoothing = y.to(self.device, non_blocking=True), self.recipe.label_smoothing
+        if self.mix:
+            x, y = self.mix(x, y)  # y: (B, classes), smoothed
+            smoothing = 0.0
+        if self.erase:
+            x = self.erase(x)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = self.forward(x)
+        return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+
+    def _seed_step(self, part: int) -> None:
         """Seed what a step draws from (stochastic depth, mixing, erasing) by its number: nothing to save or restore."""
-        seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0])
+        numbers = (self.seed, self.step, distributed.rank(), part)
+        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
@@ -197,24 +289,26 @@ class Run:
                 "epoch": round(self.step / len(self.batches), 2),
                 "step": self.step,
                 "seconds": round(self.seconds, 1),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self.lr,
                 "train_loss": self.sums["loss"] / self.sums["steps"],
                 "val_loss": None,  # of the weights to use
                 "top1": None,
                 "ema_top1": None,
                 "images_per_second": round(self.recipe.batch_size * self.sums["steps"] / self.sums["seconds"], 1),
                 "resolution": self.batches.resolution,
+                "memory_gb": round(peak_memory(self.device) / 1e9, 2),
             }
         )
         self.sums = dict.fromkeys(self.sums, 0)
         return self.rows[-1]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, and `load` takes."""
+        """What a checkpoint holds, and `load` takes. All processes have to ask for it."""
         return self.identity | {
-            "weights": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "weights": distributed.gathered(self.model.state_dict()),
+            "ema": distributed.gathered(self.ema.module.state_dict()) if self.ema else None,
+            "optimizer": distributed.gathered(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "rows": self.rows,
             "sums": self.sums,
@@ -225,29 +319,51 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Raises ValueError, naming what differs, if it is another run's."""
         for key, mine in self.identity.items():
-            theirs = state[key]
+            theirs = state.get(key)
             if key == "recipe":
                 changed = [name for name in mine if mine[name] != theirs.get(name)]
                 mine, theirs = ({name: values.get(name) for name in changed} for values in (mine, theirs))
             if mine != theirs:
                 raise ValueError(f"the checkpoint is another run's: its {key} is {theirs}, here it is {mine}")
-        self.model.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        _load_weights(self.model, state["weights"])
+        optimizer, parameters = state["optimizer"], [p for g in self.optimizer.param_groups for p in g["params"]]
+        for number, values in optimizer["state"].items():
+            for name, value in values.items():
+                values[name] = distributed.scattered(value, parameters[number])
+        self.optimizer.load_state_dict(optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+            _load_weights(self.ema.module, state["ema"])
             self.ema.n_averaged.fill_(state["step"])
         self.step, self.rows, self.sums = state["step"], state["rows"], state["sums"]
         self.earlier, self.window = state["seconds"], state["window"]
+        self.agree()
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    mine = model.state_dict()
+    model.load_state_dict({name: distributed.scattered(value, mine.get(name)) for name, value in weights.items()})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch has held of a GPU at a time; on a CPU what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a step is never left half done; a second one stops at once."""
-    requests, previous = [], {}
+    """Collect SIGINT and SIGTERM in a list, so that a step is never left half done; another one later stops at once."""
+    requests, previous, times = [], {}, []
 
     def note(number: int, frame: Any) -> None:
         requests.append(number)
-        signal.signal(number, previous[number])
+        times.append(time.time())
+        if times[-1] - times[0] > ONE_REQUEST:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -45,7 +45,7 @@ RANGES = (  # fields, what holds for their values, and how to say it
         "empty or a RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1",
     ),
     (("loader",), lambda value: value in ("memory", "disk"), "memory or disk"),
-    (("amp",), lambda value: value in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
+    (("amp",), lambda value: value in ("auto", "bf16", "fp16", "fp32"), "auto, bf16, fp16 or fp32"),
 )
 
 
@@ -119,7 +119,7 @@ class Recipe:
     dims: tuple[int, int, int, int] | None = None
     width_multiplier: float = 1.0  # of the models of the road
 
-    amp: str = "auto"  # "bf16": autocast; "fp32": none; "auto": bf16 where the hardware multiplies it faster
+    amp: str = "auto"  # "bf16", "fp16": autocast; "fp32": none; "auto": bf16 where the hardware multiplies it faster
 
     def __post_init__(self):
         for field in fields(self):

@@ -1,13 +1,20 @@
 """What a run leaves behind: checkpoints, the log for people and for TensorBoard, a curve, and how to repeat it."""
 
+from __future__ import annotations
+
+import contextlib
 import csv
+import importlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -15,15 +22,71 @@ import torchvision
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from convnext_min import distributed
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write, flush to the disk, rename: whatever happens, `path` is a whole checkpoint, the old one or the new."""
+if TYPE_CHECKING:
+    from convnext_min.engine import Run
+
+
+def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
+    """Write, flush to the disk, rename: whatever happens, `path` is a whole checkpoint, the old one or the new.
+
+    The `keep` newest stay: checkpoint.pt, checkpoint.1.pt, the one before, and so on. Raises OSError, for example if
+    the disk is full; then nothing has changed.
+    """
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # PyTorch hides it behind a RuntimeError
+        raise OSError(f"{path} could not be written: {cause or error}") from error
+    copies = [path, *(path.with_suffix(f".{number}{path.suffix}") for number in range(1, keep))]
+    for newer, older in reversed(list(pairwise(copies))):
+        if newer.exists():
+            newer.replace(older)
     partial.replace(path)
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoint at `path` and those before it, as far as they are there, the newest first."""
+    older = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"), key=lambda file: (len(file.name), file.name))
+    return [file for file in (path, *older) if file.is_file()]
+
+
+def load_newest(path: Path) -> tuple[dict[str, Any], Path]:
+    """The newest of `checkpoints(path)` that can be read, and which it is. Says which others cannot.
+
+    Raises ValueError if there is none.
+    """
+    problems = []
+    for file in checkpoints(path):
+        try:
+            state = load_checkpoint(file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems or file != path:
+            print("; ".join(problems or [f"there is no {path}"]) + f"; going on from {file}, of step {state['step']:,}")
+        return state, file
+    raise ValueError("; ".join(problems) or f"there is no checkpoint {path}")
+
+
+def read(path: Path | str) -> Any:
+    """What `torch.save` wrote, on the CPU, as far as it is tensors and plain values.
+
+    Raises FileNotFoundError, or ValueError for a file that is cut off or something else; both name the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, depending on where the file is cut off
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise ValueError(f"{path} is cut off, or no checkpoint of convnext_min.train ({reason})") from error
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -31,46 +94,138 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a file that is cut off or something else; both name the file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, depending on where the file is cut off
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        raise ValueError(f"{path} is cut off, or no checkpoint of convnext_min.train ({reason})") from error
+    state = read(path)
     if not isinstance(state, dict) or "weights" not in state:
         raise ValueError(f"{path} holds no checkpoint of convnext_min.train")
     return state
 
 
-class Log:
-    """The rows of a run: printed, and beside the checkpoint, if given, as log.csv and as TensorBoard's events."""
+class Saver:
+    """Writes a run's checkpoints into the folder of `path`, the first process for all; without `path` it does nothing.
 
-    def __init__(self, checkpoint: Path | None, step: int):
-        self.folder = self.events = None
+    A disk that is full does not end a run before its time: it says so, goes on, and tries again when the next is due.
+    """
+
+    def __init__(self, path: Path | None, keep: int, every: str):
+        number, minutes = every.removesuffix("m"), every.endswith("m")
+        if every and not (number.isdecimal() and int(number)):
+            raise ValueError(f"save_every takes steps, as in 500, or minutes, as in 15m; got {every!r}")
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.path, self.keep = path, keep
+        self.steps = int(number) if every and not minutes else math.inf
+        self.seconds = 60 * int(number) if minutes else math.inf
+
+    def begin(self, run: Run) -> None:
+        """Count steps and seconds until the next from here."""
+        self.last_step, self.last_seconds, self.saved = run.step, run.now, None
+
+    def due(self, run: Run) -> bool:
+        """Whether it is time for one between two epochs' ends. The same in all processes."""
+        return run.step - self.last_step >= self.steps or run.now - self.last_seconds >= self.seconds
+
+    def save(self, run: Run, last: bool = False) -> None:
+        """Save the run, with the last chance to do so as the `last`. Raises OSError only then."""
+        self.last_step, self.last_seconds, self.saved = run.step, run.now, None
+        if self.path is None:
+            return
+        state, failed = run.state(), ""
+        if distributed.rank() == 0:
+            try:
+                save_checkpoint(state, self.path, self.keep)
+            except OSError as error:
+                failed = str(error)
+        failed = distributed.first(failed)
+        if failed:
+            there = checkpoints(self.path)
+            failed += f"; the newest checkpoint stays {there[0]}" if there else "; there is no checkpoint yet"
+            if last:
+                raise OSError(failed)
+            if distributed.rank() == 0:
+                print(f"warning: at step {run.step:,} {failed}; training goes on", file=sys.stderr, flush=True)
+        else:
+            self.saved = run.step
+
+    def save_best(self, run: Run, top1: float) -> None:
+        """Save best.pt, the weights without what continuing would take, if `top1` is the highest so far."""
+        key = "ema_top1" if run.ema else "top1"
+        if self.path is None or any(row[key] is not None and row[key] >= top1 for row in run.rows[:-1]):
+            return
+        state = {key: value for key, value in run.state().items() if key not in ("optimizer", "scaler")}
+        if distributed.rank() == 0:
+            with going_on_without("best.pt"):
+                save_checkpoint(state, self.path.with_name("best.pt"))
+
+
+@contextlib.contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """Say that something could not be written, and go on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} was not written: {error}; training goes on", file=sys.stderr, flush=True)
+
+
+class Log:
+    """The rows of a run: printed, and beside the checkpoint, if given, as log.csv and as TensorBoard's events.
+
+    With `wandb`, the name of a project, also sent to Weights & Biases, with `config`. Raises ValueError if it is not
+    installed.
+    """
+
+    def __init__(self, checkpoint: Path | None, step: int, wandb: str = "", config: dict[str, Any] | None = None):
+        self.folder = self.events = self.online = None
+        if distributed.rank() > 0:
+            return
         if checkpoint:
             self.folder = checkpoint.parent
             self.folder.mkdir(parents=True, exist_ok=True)
             self.events = SummaryWriter(str(self.folder), purge_step=step)
+        if wandb:
+            name = self.folder.name if self.folder else None
+            self.online = import_wandb().init(project=wandb, id=name, name=name, resume="allow", config=config)
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.events:
             self.events.close()
+        if self.online:
+            self.online.finish()
 
     def write(self, rows: list[dict]) -> None:
         """Record `rows`, of which the last is new."""
         print(line(rows[-1]), flush=True)
+        numbers = {key: value for key, value in rows[-1].items() if key not in ("epoch", "step") and value is not None}
+        if self.online:
+            self.online.log(numbers, step=rows[-1]["step"])
         if self.folder:
-            with open(self.folder / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[-1])
-                writer.writeheader()
-                writer.writerows(rows)
-            for name, value in rows[-1].items():
-                if name not in ("epoch", "step") and value is not None:
+            with going_on_without("the log"):
+                partial = self.folder / "log.partial"
+                with open(partial, "w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[-1])
+                    writer.writeheader()
+                    writer.writerows(rows)
+                partial.replace(self.folder / "log.csv")
+                for name, value in numbers.items():
                     self.events.add_scalar(name, value, rows[-1]["step"])
+
+
+def import_wandb() -> Any:
+    """The package of Weights & Biases, which nothing else needs. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError("--wandb needs another package: pip install wandb") from None
+
+
+def save_batch(x: Tensor, y: Tensor, run: Run, folder: Path) -> Path:
+    """Write the images and labels on which a step failed, and the weights before it, to a file for `torch.load`."""
+    path = folder / f"failed-step-{run.step}-process-{distributed.rank()}.pt"
+    weights = distributed.gathered(run.model.state_dict())
+    torch.save({"x": x, "y": y, "weights": weights, "step": run.step, "seed": run.seed}, path)
+    return path
 
 
 def line(row: dict[str, Any]) -> str:
@@ -81,7 +236,8 @@ def line(row: dict[str, Any]) -> str:
     for name, label in (("top1", "top-1"), ("ema_top1", "averaged")):
         if row[name] is not None:
             text += f", {label} {row[name]:.1%}"
-    return f"{text} ({row['images_per_second']:.0f} images/s at {row['resolution']} px, {row['seconds']:.0f} s)"
+    speed = f"{row['images_per_second']:.0f} images/s at {row['resolution']} px"
+    return f"{text} ({speed}, {row['memory_gb']:.1f} GB, {row['seconds']:.0f} s)"
 
 
 def draw_curve(rows: list[dict], path: Path) -> None:

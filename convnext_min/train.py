@@ -1,12 +1,17 @@
 """Train a network: `python -m convnext_min.train --recipe imagenette --model convnext_atto --output runs/first`.
 
-The same command works on a CPU and on a GPU. Ctrl-C saves, and `--resume` goes on as if nothing had happened.
+The same command works on a CPU, on a GPU and, with `torchrun --nproc-per-node 8` instead of `python`, on several.
+Ctrl-C and SIGTERM save, and `--resume` goes on as if nothing had happened.
 """
 
 import argparse
-import copy
+import dataclasses
+import itertools
 import shlex
+import shutil
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from convnext_min import convnext, data, recipes, records, roadmap, small
+from convnext_min import convnext, data, distributed, recipes, records, roadmap, small
 from convnext_min.data import Batches, ImageSet
-from convnext_min.engine import Run, stop_requests, uses_bf16
+from convnext_min.engine import Run, Setup, autocast_dtype, peak_memory, stop_requests
+from convnext_min.finetune import Start, load_start
 from convnext_min.measure import count_parameters
 from convnext_min.recipes import Recipe
 
 VARIANTS = {name: build for name, build in vars(convnext).items() if name.startswith("convnext_")}
 CHECKPOINT = "checkpoint.pt"
-EVAL_BATCH = 64
+EVAL_BATCH = 64  # images of a process
 
 
 def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
@@ -65,40 +71,47 @@ def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 class Evaluation(NamedTuple):
-    """What a model does on a set of images: fraction of right answers, mean cross-entropy, answers int64 (N,)."""
+    """What a model does on a set of images: fraction of right answers, mean cross-entropy, answers and truth (N,)."""
 
     top1: float
     loss: float
-    predictions: Tensor
+    predictions: Tensor  # int64, in the order of the images
+    labels: Tensor
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, amp: str = "auto") -> Evaluation:
-    """Run `model` in eval mode over one epoch of `batches`."""
+def evaluate(model: nn.Module, batches: Batches, amp: str = "auto", limit: int | None = None) -> Evaluation:
+    """Run `model` in eval mode over one epoch of `batches`, or the first `limit` of them.
+
+    Of several processes each answers for its part of each batch, and all return the same: every image counts once.
+    """
     device = next(model.parameters()).device
-    bf16 = uses_bf16(amp, device)
+    dtype = autocast_dtype(amp, device)
     was_training = model.training
     model.eval()
-    loss, predictions, labels = 0.0, [], []
-    for x, y in batches.epoch(0):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(x.to(device, memory_format=torch.channels_last, non_blocking=True)).float().cpu()
+    loss, answers = 0.0, []
+    for x, y in itertools.islice(batches.epoch(0), limit):
+        if len(y) == 0:  # the last batch had none for this process, but a network that is split needs every process
+            x = x.new_zeros(1, *x.shape[1:])
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(x.to(device, memory_format=torch.channels_last, non_blocking=True))
+        logits = logits.float().cpu()[: len(y)]
         loss += F.cross_entropy(logits, y, reduction="sum").item()
-        predictions.append(logits.argmax(1))
-        labels.append(y)
+        answers.append(torch.stack([logits.argmax(1), y]))  # (2, B)
     model.train(was_training)
-    predictions, labels = torch.cat(predictions), torch.cat(labels)
-    return Evaluation((predictions == labels).double().mean().item(), loss / len(labels), predictions)
+    parts = itertools.chain.from_iterable(zip(*distributed.gather(answers)))
+    predictions, labels = torch.cat(list(parts), 1)
+    loss = distributed.total(loss)[0] / len(labels)
+    return Evaluation((predictions == labels).double().mean().item(), loss, predictions, labels)
 
 
 def evaluation_seconds(model: nn.Module, batches: Batches, amp: str) -> float:
     """About how long `evaluate` takes, judged by its first batches without the very first, which warms up."""
-    few = copy.copy(batches)
-    few.image_set = batches.image_set.subset(slice(2 * batches.batch_size))
-    evaluate(model, few, amp)
+    few = min(2, len(batches))
+    evaluate(model, batches, amp, few)
     since = time.perf_counter()
-    evaluate(model, few, amp)
-    return (time.perf_counter() - since) * len(batches) / len(few)
+    evaluate(model, batches, amp, few)
+    return distributed.first((time.perf_counter() - since) * len(batches) / few)
 
 
 class History(NamedTuple):
@@ -110,56 +123,98 @@ class History(NamedTuple):
     top1: float  # fraction of them that are right
 
 
-def train(
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop; `code` is what the process then exits with: 130 after Ctrl-C, 143 after SIGTERM."""
+
+    def __init__(self, message: str, requests: list[int]):
+        super().__init__(message)
+        self.code = 128 + (signal.SIGTERM if signal.SIGTERM in requests else signal.SIGINT)
+
+
+def prepare(
     model: str | nn.Module,
     recipe: Recipe,
-    train_set: ImageSet,
-    val_set: ImageSet,
-    output: Path | str | None = None,
+    train_set: ImageSet | Batches,
+    val_set: ImageSet | Batches,
     seed: int = 0,
-    resume: bool = False,
     device: torch.device | str | None = None,
     started: float | None = None,
-) -> History:
-    """Train `model`, a network or a name for `make_model`, and evaluate it on `val_set` as often as the recipe says.
-
-    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and summary.json into the folder `output`, if given.
-    With `resume`, continues from the checkpoint there, if there is one. A recipe's minutes count from `started`, in
-    seconds as `time.time()` gives them; from now, if not given. Seeds PyTorch's, NumPy's and Python's generators.
-
-    Raises ValueError for classes that do not fit, FileExistsError if `output` holds a run and `resume` is not set,
-    FloatingPointError if the loss stops being a number, and KeyboardInterrupt, after saving, when asked to stop.
-    """
-    started = time.time() if started is None else started
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = checkpoint_in(output, resume)
+    setup: Setup | None = None,
+    start: Start | None = None,
+    checkpoint: Path | None = None,
+) -> tuple[Run, Batches]:
+    """The run that `train` would do, at its first step or where `checkpoint` is, and the batches of `val_set`."""
+    device = distributed.choose_device(device) if isinstance(device, str | None) else device
+    place = {"rank": distributed.rank(), "world": distributed.world()}
+    if isinstance(train_set, ImageSet):
+        train_set = Batches(train_set, recipe.batch_size, recipe.resolution, True, seed, recipe.crop_scale, **place)
+    if isinstance(val_set, ImageSet):
+        val_set = Batches(val_set, EVAL_BATCH * place["world"], recipe.eval_resolution, train=False, **place)
     if train_set.classes != val_set.classes:
         raise ValueError(f"the classes in training are {train_set.classes}, in validation {val_set.classes}")
     torch.manual_seed(seed)
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):
         model = make_model(model, recipe, len(train_set.classes))
-    run = Run(model, name, recipe, train_set, seed, device, started)
-    if checkpoint and checkpoint.exists():
-        run.load(records.load_checkpoint(checkpoint))
-    val_batches = Batches(val_set, EVAL_BATCH, recipe.eval_resolution, train=False)
-
-    number = count_parameters(model)
-    print(f"{name}, {number:,} parameters, {run}")
+    resumes = checkpoint and records.checkpoints(checkpoint)
+    if start and not resumes:
+        print(load_start(model, start, train_set.classes))
+    run = Run(model, name, recipe, train_set, seed, device, time.time() if started is None else started, setup)
+    run.identity["start"] = start and str(start.path)
+    if resumes:
+        state, found = records.load_newest(checkpoint)
+        run.load(state)
+    if len(set(distributed.gather(run.step))) > 1:
+        raise ValueError(f"the processes do not find the same checkpoint: {checkpoint.parent} must be a shared folder")
+    if resumes and found != checkpoint and checkpoint.exists() and distributed.rank() == 0:
+        checkpoint.replace(checkpoint.with_suffix(".broken"))  # else the next checkpoint would push out a good one
+    print(f"{name}, {count_parameters(run.model):,} parameters, {run}")
     print(f"{train_set.source}; {val_set.source}")
     print(
-        recipes.describe(recipe, len(train_set)) + (f"; continuing at step {run.step:,}" if run.step else ""),
+        recipes.describe(recipe, train_set.images) + (f"; continuing at step {run.step:,}" if run.step else ""),
         flush=True,
     )
+    return run, val_set
+
+
+def train(
+    model: str | nn.Module,
+    recipe: Recipe,
+    train_set: ImageSet | Batches,
+    val_set: ImageSet | Batches,
+    output: Path | str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    started: float | None = None,
+    setup: Setup | None = None,
+    start: Start | None = None,
+) -> History:
+    """Train `model`, a network or a name for `make_model`, and evaluate it on `val_set` as often as the recipe says.
+
+    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and those before it, best.pt and summary.json into
+    the folder `output`, if given. The images are an `ImageSet` or anything that gives batches as `Batches` does. With
+    `start`, the weights of a checkpoint are the initial ones. With `resume`, continues from the newest whole
+    checkpoint in `output`, if there is one. A recipe's minutes count from `started`, in seconds as `time.time()` gives
+    them; from now, if not given. Seeds PyTorch's, NumPy's and Python's generators.
+
+    Raises ValueError for classes that do not fit, FileExistsError if `output` holds a run and `resume` is not set,
+    FloatingPointError if the loss stops being a number, and Stopped, after saving, when asked to stop.
+    """
+    checkpoint = checkpoint_in(output, resume)
+    setup = setup or Setup()
+    saver = records.Saver(checkpoint, setup.keep, setup.save_every)
+    run, val_batches = prepare(model, recipe, train_set, val_set, seed, device, started, setup, start, checkpoint)
+    saver.begin(run)
     reserve = 0.0
     if recipe.minutes is not None:
         reserve = evaluation_seconds(run.best, val_batches, recipe.amp)
         run.open_window(reserve)
 
     result = None
-    with stop_requests() as requests, records.Log(checkpoint, run.step) as log:
-        while run.progress < 1 and not requests:
-            train_epoch(run, requests)
+    with stop_requests() as requests, records.Log(checkpoint, run.step, setup.wandb, run.identity) as log:
+        while run.progress < 1 and not run.stopped:
+            train_epoch(run, requests, saver)
             over, (epochs, rest) = run.progress >= 1, divmod(run.step, len(run.batches))
             if rest and not over:
                 continue
@@ -170,43 +225,86 @@ def train(
                 row |= {"ema_top1" if run.ema else "top1": result.top1, "val_loss": result.loss}
                 if run.ema and not (over and recipe.minutes):
                     row["top1"] = evaluate(run.model, val_batches, recipe.amp).top1
+                saver.save_best(run, result.top1)
             row["seconds"] = round(run.seconds, 1)
             log.write(run.rows)
-            if checkpoint:
-                records.save_checkpoint(run.state(), checkpoint)
+            saver.save(run, last=over)
+            run.agree()
     if run.progress < 1:
-        if checkpoint:
-            records.save_checkpoint(run.state(), checkpoint)
-        raise KeyboardInterrupt(f"stopped after step {run.step:,}" + (f", saved in {checkpoint}" if checkpoint else ""))
+        if run.step != saver.saved:
+            saver.save(run, last=True)
+        raise Stopped(f"stopped after step {run.step:,}" + (f", saved in {checkpoint}" if checkpoint else ""), requests)
     result = result or evaluate(run.best, val_batches, recipe.amp)
 
     weights = "averaged" if run.ema else "last"
     print(
-        f"\nRight on {result.top1:.1%} of {len(val_set):,} validation images, with the {weights} weights, "
+        f"\nRight on {result.top1:.1%} of {val_batches.images:,} validation images, with the {weights} weights, "
         f"after {run.seconds:.0f} s"
     )
-    print("Most confused:", records.most_confused(result.predictions, val_set.labels, val_set.classes), flush=True)
-    if checkpoint:
-        summary = run.identity | {"validation": val_set.source, "images": len(val_set), "top1": result.top1}
-        summary |= {"parameters": number, "steps": run.step, "seconds": round(run.seconds, 1)}
+    confused = records.most_confused(result.predictions, result.labels, val_batches.classes)
+    print("Most confused:", confused, flush=True)
+    if checkpoint and distributed.rank() == 0:
+        summary = run.identity | {"validation": val_batches.source, "images": val_batches.images, "top1": result.top1}
+        summary |= {"parameters": count_parameters(run.model), "steps": run.step, "seconds": round(run.seconds, 1)}
+        summary |= {"processes": distributed.world(), "images_at_a_time": run.micro_batch}
         records.write_json(summary | records.environment(), checkpoint.parent / "summary.json")
         records.draw_curve(run.rows, checkpoint.parent / "curve.png")
         print(f"In {checkpoint.parent}: {CHECKPOINT}, log.csv, curve.png, summary.json, and events for TensorBoard")
     return History(run.rows, run.best.eval(), result.predictions, result.top1)
 
 
-def train_epoch(run: Run, requests: list[int]) -> None:
+def train_epoch(run: Run, requests: list[int], saver: records.Saver) -> None:
     """Train to the end of the epoch, or until the run is over, the resolution changes or there is a request to stop."""
     epoch, start = divmod(run.step, len(run.batches))
     resolution = run.batches.resolution = run.recipe.resolution_at(run.progress)
     since = time.perf_counter()
+    quiet = None if distributed.rank() == 0 else True
     batches = run.batches.epoch(epoch, start)
-    with tqdm(batches, f"epoch {epoch + 1}", len(run.batches), False, initial=start, disable=None) as bar:
+    with tqdm(batches, f"epoch {epoch + 1}", len(run.batches), False, initial=start, disable=quiet) as bar:
         for x, y in bar:
-            bar.set_postfix(loss=run.train_step(x, y), px=resolution, refresh=False)
-            if requests or run.progress >= 1 or run.recipe.resolution_at(run.progress) != resolution:
+            try:
+                loss = run.train_step(x, y)
+            except FloatingPointError as error:
+                if saver.path:
+                    raise FloatingPointError(f"{error}; {records.save_batch(x, y, run, saver.path.parent)}") from None
+                raise
+            bar.set_postfix(loss=loss, px=resolution, refresh=False)
+            run.agree(bool(requests))
+            if run.stopped or run.progress >= 1 or run.recipe.resolution_at(run.progress) != resolution:
                 break
+            if run.step % len(run.batches) and saver.due(run):  # at its end an epoch is saved with its row
+                since, earlier = time.perf_counter(), since
+                run.sums["seconds"] += since - earlier
+                saver.save(run)
     run.sums["seconds"] += time.perf_counter() - since
+
+
+def dry_run(run: Run, val_batches: Batches, output: Path | str) -> None:
+    """Do each thing that a run does once, beside the folder `output`, say how long it took, and leave nothing."""
+    times, since = {}, time.perf_counter()
+
+    def took(what: str) -> None:
+        nonlocal since
+        times[what], since = time.perf_counter() - since, time.perf_counter()
+
+    x, y = next(run.batches.epoch(0))
+    took("a batch")
+    run.train_step(x, y)
+    took("a step")
+    parent = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
+    folder = Path(distributed.first(tempfile.mkdtemp(dir=parent) if distributed.rank() == 0 else ""))
+    try:
+        records.Saver(folder / CHECKPOINT, 1, "").save(run, last=True)
+        took("saving")
+        run.load(records.load_checkpoint(folder / CHECKPOINT))
+        took("loading")
+    finally:
+        distributed.gather(None)  # all have read it
+        shutil.rmtree(folder, ignore_errors=True)
+    evaluate(run.best, val_batches, run.recipe.amp, limit=1)
+    took("evaluating a batch")
+    seconds = ", ".join(f"{what} {value:.1f} s" for what, value in times.items())
+    print(f"OK: {seconds}; {peak_memory(run.device) / 1e9:.1f} GB")
 
 
 def checkpoint_in(output: Path | str | None, resume: bool) -> Path | None:
@@ -214,56 +312,111 @@ def checkpoint_in(output: Path | str | None, resume: bool) -> Path | None:
     if output is None:
         return None
     path = Path(output) / CHECKPOINT
-    if path.exists() and not resume:
+    if records.checkpoints(path) and not resume:
         raise FileExistsError(f"{output} holds a run: continue it with --resume, or choose another --output")
     return path
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line's options. Exits, saying what is wrong, if they contradict each other."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.train", description=__doc__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--recipe", default="imagenette", help=f"one of {', '.join(recipes.RECIPES)}")
+    what.add_argument(
+        "--model", default="convnext_atto", help="convnext_<variant>, road:<step>, timm:<name>, torchvision:<name>"
+    )
+    length = what.add_mutually_exclusive_group()
+    length.add_argument("--epochs", help="how long to train")
+    length.add_argument("--minutes", help="the same as wall clock from the start of the process to the last evaluation")
+    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
+    images = parser.add_argument_group("images")
+    images.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it Imagenette")
+    images.add_argument(
+        "--holdout", action="store_true", help="validate on every tenth training image, to choose settings by"
+    )
+    first = parser.add_argument_group("where to start")
+    first.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
+    first.add_argument("--finetune", metavar="FILE", help="checkpoint of a run or of the official release: its weights")
+    first.add_argument("--finetune-ema", action="store_true", help="take its averaged weights instead")
+    first.add_argument(
+        "--class-map", metavar="FILE", help="its classifier, with the rows whose numbers are in the file"
+    )
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", help="cpu or cuda; without it a GPU if there is one")
+    machine.add_argument("--per-device-batch", type=int, metavar="N", help="images of a process at a time, for memory")
+    machine.add_argument("--checkpoint-activations", action="store_true", help="less memory for a third more time")
+    machine.add_argument("--fsdp", action="store_true", help="split the network over the processes of torchrun")
+    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster on a GPU")
+    left = parser.add_argument_group("what it leaves")
+    left.add_argument("--output", help="folder for it; without it a new one in runs/")
+    left.add_argument("--save-every", default="", metavar="N", help="500: steps, 15m: minutes; always after an epoch")
+    left.add_argument("--keep", type=int, default=2, metavar="N", help="how many of the newest checkpoints (2)")
+    left.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases as well")
+    left.add_argument(
+        "--dry-run", action="store_true", help="try a step, a checkpoint and an evaluation, leave nothing"
+    )
+    args = parser.parse_args(argv)
+    if args.resume and not args.output:
+        parser.error("--resume needs the --output of the run")
+    if (args.finetune_ema or args.class_map) and not args.finetune:
+        parser.error("--finetune-ema and --class-map need the checkpoint: --finetune FILE")
+    if args.epochs:
+        args.set += [f"epochs={args.epochs}", "minutes=None"]
+    if args.minutes:
+        args.set += [f"minutes={args.minutes}"]
+    return args
+
+
+def run_from(args: argparse.Namespace, device: torch.device) -> None:
+    """Do what the command line says."""
+    recipe = recipes.get(args.recipe, args.set)
+    checkpoint_in(args.output, args.resume)
+    make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
+    if args.wandb:
+        records.import_wandb()
+    train_set = data.imagenette("train", args.data, recipe.image_size)
+    if args.holdout:
+        train_set, val_set = data.hold_out(train_set)
+    else:
+        val_set = data.imagenette("val", args.data, recipe.image_size)
+    options = {
+        "seed": args.seed,
+        "device": device,
+        "started": psutil.Process().create_time(),
+        "setup": Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}),
+        "start": Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None,
+    }
+    if args.dry_run:
+        dry_run(*prepare(args.model, recipe, train_set, val_set, **options), args.output)
+    else:
+        train(args.model, recipe, train_set, val_set, args.output, resume=args.resume, **options)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m convnext_min.train", description=__doc__)
-    parser.add_argument("--recipe", default="imagenette", help=f"one of {', '.join(recipes.RECIPES)}")
-    parser.add_argument(
-        "--model", default="convnext_atto", help="convnext_<variant>, road:<step>, timm:<name>, torchvision:<name>"
-    )
-    parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it Imagenette")
-    parser.add_argument(
-        "--holdout", action="store_true", help="validate on every tenth training image, to choose settings by"
-    )
-    parser.add_argument("--output", help="folder for what the run leaves; without it a new one in runs/")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", help="how long to train")
-    length.add_argument("--minutes", help="the same as wall clock from the start of the process to the last evaluation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
-    parser.add_argument("--device", help="cpu or cuda; without it a GPU if there is one")
-    args = parser.parse_args(argv)
-    if args.resume and not args.output:
-        parser.error("--resume needs the --output of the run")
-    output = args.output or f"runs/{args.recipe}-{args.model.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if args.epochs:
-        args.set += [f"epochs={args.epochs}", "minutes=None"]
-    if args.minutes:
-        args.set += [f"minutes={args.minutes}"]
+    args = read_arguments(argv)
+    named = args.output
     try:
-        recipe = recipes.get(args.recipe, args.set)
-        checkpoint_in(output, args.resume)
-        make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
-        train_set = data.imagenette("train", args.data, recipe.image_size)
-        if args.holdout:
-            train_set, val_set = data.hold_out(train_set)
-        else:
-            val_set = data.imagenette("val", args.data, recipe.image_size)
-        started = psutil.Process().create_time()
-        train(args.model, recipe, train_set, val_set, output, args.seed, args.resume, args.device, started)
+        with distributed.processes(args.device) as device:
+            name = f"runs/{args.recipe}-{args.model.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+            args.output = named or distributed.first(name)
+            run_from(args, device)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error{_process()}: {error}")
     except KeyboardInterrupt as stop:
-        again = shlex.join(a for a in argv if a != "--resume") + ("" if args.output else f" --output {output}")
-        print(f"\n{stop or 'stopped before the first step'}\nTo go on: python -m convnext_min.train {again} --resume")
-        sys.exit(130)
+        if not _process():
+            launcher = "torchrun ... " if distributed.world() > 1 else "python "
+            again = shlex.join(a for a in argv if a != "--resume") + ("" if named else f" --output {args.output}")
+            print(f"\n{stop or 'stopped before the first step'}")
+            print(f"To go on: {launcher}-m convnext_min.train {again} --resume")
+        sys.exit(getattr(stop, "code", 130))
+
+
+def _process() -> str:
+    """Which process this is, unless it is the first."""
+    return f" in process {distributed.rank()}" if distributed.rank() else ""
 
 
 if __name__ == "__main__":

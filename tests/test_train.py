@@ -45,10 +45,11 @@ def images():
     return offline_sample("train", 32, 40)
 
 
-def new_run(recipe, images, model=None, seed=0, name="convnext_atto"):
+def new_run(recipe, images, seed=0, name="convnext_atto", setup=None):
     torch.manual_seed(seed)
-    model = model or train.make_model(name, recipe, len(images.classes))
-    return Run(model, name, recipe, images, seed, "cpu", 0.0)
+    model = train.make_model(name, recipe, len(images.classes))
+    batches = Batches(images, recipe.batch_size, recipe.resolution, True, seed, recipe.crop_scale)
+    return Run(model, name, recipe, batches, seed, "cpu", 0.0, setup)
 
 
 def equal(a, b):
@@ -248,7 +249,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(images, tmp_path, m
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     assert len(whole.rows) == 3
     for a, b in zip(whole.rows, parts.rows):
-        for measured in ("seconds", "images_per_second"):
+        for measured in ("seconds", "images_per_second", "memory_gb"):
             a.pop(measured), b.pop(measured)
         assert a == b
     assert torch.equal(whole.predictions, parts.predictions)
@@ -405,6 +406,8 @@ def test_a_timed_run_without_time_to_train_says_what_takes_it(images, clock):
 def test_a_run_leaves_its_log_its_curve_and_what_it_takes_to_repeat_it(images, tmp_path, capsys):
     history = train.train("convnext_atto", replace(TINY, evaluate_every=2), images, images, tmp_path, seed=5)
     assert {path.name.partition(".tfevents")[0] for path in tmp_path.iterdir()} == {
+        "best.pt",
+        "checkpoint.1.pt",
         "checkpoint.pt",
         "curve.png",
         "events.out",
@@ -448,7 +451,7 @@ def test_wrong_models_say_what_is_right():
         train.make_model("convnext", plain, 10)
     with pytest.raises(ValueError, match="unknown step 'kernel13'; valid"):
         train.make_model("road:kernel13", plain, 10)
-    with pytest.raises(ValueError, match=r"depths and dims can be set for convnext_atto.*not for 'road:gelu'"):
+    with pytest.raises(ValueError, match=r"depths can be set for convnext_atto.*not for 'road:gelu'"):
         train.make_model("road:gelu", TINY, 10)
 
 
@@ -493,6 +496,9 @@ def test_the_command_line_refuses_a_used_folder_before_it_reads_images(tmp_path)
         train.main(["--output", str(tmp_path), "--data", "nowhere"])
 
 
-def test_bf16_can_be_forced_either_way():
-    cpu = torch.device("cpu")
-    assert engine.uses_bf16("bf16", cpu) and not engine.uses_bf16("fp32", cpu)
+def test_the_precision_can_be_forced_and_fp16_is_for_gpus():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [engine.autocast_dtype(amp, cpu) for amp in ("bf16", "fp32")] == [torch.bfloat16, None]
+    assert engine.autocast_dtype("fp16", gpu) == torch.float16
+    with pytest.raises(ValueError, match="amp=fp16 is for GPUs, and this runs on cpu: take bf16 or fp32"):
+        engine.autocast_dtype("fp16", cpu)
