@@ -147,8 +147,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     except ImportError:
         raise ValueError(f"--fsdp needs PyTorch 2.6 or newer, this is {torch.__version__}") from None
     mesh = dist.init_device_mesh(device.type, (world(),))
-    for module in [*blocks(model), model]:
-        fully_shard(module, mesh=mesh)
+    for module in [*blocks(model), model]:  # split again after each forward pass: evaluation has no other
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
 
