@@ -1,18 +1,23 @@
 """Real processes that exchange gradients: they do what one process does, stop together and go on together."""
 
+import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import socket
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import TINY, equal
+from test_train import TINY, command, equal, folder_of_images
+from torch import nn
 
-from convnext_min import distributed, train
-from convnext_min.data import offline_sample
-from convnext_min.engine import Setup
+from convnext_min import distributed, records, train
+from convnext_min.data import Batches, offline_sample
+from convnext_min.engine import Run, Setup
 
 PLAIN = replace(TINY, epochs=2)  # 10 steps of 8 images
 RANDOM = replace(PLAIN, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
@@ -31,18 +36,19 @@ def alone(images):
     return trained(images, PLAIN)
 
 
-def trained(images, recipe=PLAIN, output=None, resume=False, setup=None, val=None):
-    history = train.train(
-        "convnext_atto", recipe, images, val or images.subset(slice(13)), output, 0, resume, "cpu", setup=setup
-    )
+def trained(images, recipe=PLAIN, output=None, resume=False, setup=None):
+    """The weights to use after a whole run."""
+    sets = images, images.subset(slice(13))
+    history = train.train("convnext_atto", recipe, *sets, output, resume=resume, device="cpu", setup=setup)
     return distributed.gathered(history.model.state_dict())
 
 
 def member(rank, world, port, function, arguments, results):
+    """What one process does, joined with the others, unless that is left to the command line."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with distributed.processes("cpu"):
+    with contextlib.nullcontext() if function is train.main else distributed.processes("cpu"):
         torch.save(function(*arguments), results / f"{rank}.pt")
 
 
@@ -68,10 +74,9 @@ def in_processes(world, folder, function, *arguments):
 
 def assert_close(got, right):
     """Equal but for the order in which numbers are added: after ten steps, to a thousandth of the learning rate."""
+    assert got.keys() == right.keys()
     for name, value in right.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=1e-4, atol=4e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=4e-6)
 
 
 # ---- The same result, however it is computed
@@ -97,3 +102,216 @@ def test_processes_parts_of_batches_and_shards_give_the_weights_of_one_process(i
     for weights in results:
         assert_close(weights, alone)
     assert equal(results[0], results[-1])
+
+
+def calls(images, setup):
+    """In one process: gradients sent in a step, seeds of its parts, and their images."""
+    seen = {"sent": 0, "seeds": [], "images": []}
+    plain_loss = Run._loss
+
+    def note(self, x, y):
+        seen["seeds"].append((self.step, torch.initial_seed()))
+        seen["images"].append(len(y))
+        return plain_loss(self, x, y)
+
+    def send(state, bucket):
+        seen["sent"] += 1
+        return (
+            torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda f: f.value()[0])
+        )
+
+    Run._loss = note
+    place = {"rank": distributed.rank(), "world": distributed.world()}
+    batches = Batches(images, 8, 32, True, 0, **place)
+    run = Run(train.make_model("convnext_atto", RANDOM, 10), "convnext_atto", RANDOM, batches, 0, "cpu", 0.0, setup)
+    run.network.register_comm_hook(None, send)
+    for x, y in batches.epoch(0):
+        run.train_step(x, y)
+    return seen
+
+
+def test_each_part_of_a_batch_draws_its_own_and_gradients_are_sent_once(images, tmp_path):
+    one, two = in_processes(2, tmp_path, calls, images, Setup(per_device_batch=2))
+    assert one["images"] == two["images"] == [2] * 10  # 5 steps, 2 parts each
+    assert one["sent"] == two["sent"] == 5
+    assert len({*one["seeds"], *two["seeds"]}) == 20
+    assert [step for step, _ in one["seeds"]] == [step for step in range(5) for _ in range(2)]
+
+
+def test_batch_norm_has_the_same_statistics_in_all_processes(images, tmp_path):
+    recipe = replace(PLAIN, epochs=1, depths=None, dims=None, width_multiplier=0.125)
+    one, two = in_processes(2, tmp_path, with_batch_norm, images, recipe)
+    assert equal(one, two) and one["stages.0.0.norm.running_mean"].abs().max() > 0
+
+
+def with_batch_norm(images, recipe):
+    history = train.train("road:fewer_norms", recipe, images, images.subset(slice(13)), device="cpu")
+    return history.model.state_dict()
+
+
+def evaluated(images, fsdp):
+    place = {"rank": distributed.rank(), "world": distributed.world()}
+    torch.manual_seed(1)
+    model = train.make_model("convnext_atto", TINY, 10)
+    if fsdp:
+        distributed.shard(model, torch.device("cpu"))
+    return train.evaluate(model, Batches(images, 12, 32, False, **place), "fp32")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_three_processes_validate_every_image_once(images, tmp_path, fsdp):
+    few = images.subset(slice(25))  # batches of 12, 12 and 1 image: the last is for one process only
+    right = evaluated(few, False)
+    for result in in_processes(3, tmp_path, evaluated, few, fsdp):
+        assert torch.equal(result.predictions, right.predictions) and torch.equal(result.labels, few.labels)
+        assert result.top1 == right.top1 and result.loss == pytest.approx(right.loss, rel=1e-5)
+
+
+# ---- Runs that break off
+
+
+def killed(images, folder, step, setup, recipe=RANDOM):
+    """A run whose last process dies without a word when `step` is done."""
+    plain_step = Run.train_step
+
+    def deadly(self, x, y):
+        loss = plain_step(self, x, y)
+        if self.step == step and distributed.rank() == distributed.world() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    Run.train_step = deadly
+    trained(images, recipe, folder, setup=setup)
+
+
+@pytest.mark.parametrize(("world", "fsdp"), [(1, False), (2, False), (2, True)])
+def test_a_run_that_was_killed_anywhere_ends_with_the_same_weights(images, tmp_path, world, fsdp):
+    step = random.randrange(3, 10)
+    print(f"killed after step {step}")
+    setup = Setup(save_every="2", fsdp=fsdp)
+    whole = in_processes(world, tmp_path, trained, images, RANDOM, None, False, replace(setup, save_every=""))[0]
+    in_processes(world, tmp_path, killed, images, tmp_path / "run", step, setup)
+    saved = records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert saved == max(k for k in (2, 4, 5, 7, 9) if k < step)  # every second step, and the end of the epoch
+    resumed = in_processes(world, tmp_path, trained, images, RANDOM, tmp_path / "run", True, setup)[0]
+    assert equal(resumed, whole)
+
+
+def test_a_run_is_continued_with_other_processes(images, alone, tmp_path):
+    setup = Setup(save_every="3", fsdp=True)
+    in_processes(2, tmp_path, killed, images, tmp_path / "run", 8, setup, PLAIN)
+    assert records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
+    assert_close(trained(images, PLAIN, tmp_path / "run", True), alone)
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
+    """As a cluster does it that takes the machine away: torchrun passes the signal on."""
+    folder_of_images(tmp_path / "data")
+    folders = ("--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"))
+    python, *arguments = command(*folders, "--epochs", "4", "--device", "cpu")
+    with subprocess.Popen(
+        [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 1:"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest, errors = process.communicate()
+    assert process.returncode != 0 and rest.count("stopped after step") == 1, errors
+    stopped = records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert f"stopped after step {stopped}, saved in" in rest and 24 <= stopped < 96  # 24 steps an epoch
+    in_processes(2, tmp_path, train.main, [*arguments[2:], "--resume"])
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == ["24", "48", "72", "96"]
+
+
+def stopped_by_one(images, folder):
+    if distributed.rank() == 1:
+        plain_step = Run.train_step
+
+        def asked(self, x, y):
+            loss = plain_step(self, x, y)
+            if self.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return loss
+
+        Run.train_step = asked
+    with pytest.raises(train.Stopped, match="stopped after step 3, saved in") as stop:
+        trained(images, PLAIN, folder)
+    return stop.value.code
+
+
+def test_a_request_to_one_process_stops_all_at_the_same_step(images, tmp_path):
+    assert in_processes(2, tmp_path, stopped_by_one, images, tmp_path / "run") == [130, 143]
+    assert records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def with_nan(images, folder):
+    plain_step = Run.train_step
+
+    def broken(self, x, y):
+        if self.step == 3 and distributed.rank() == 1:
+            x[1, 2] = float("nan")
+        return plain_step(self, x, y)
+
+    Run.train_step = broken
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3") as error:
+        trained(images, PLAIN, folder)
+    return str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_all_and_leaves_the_batches(images, tmp_path):
+    messages = in_processes(2, tmp_path, with_nan, images, tmp_path / "run")
+    for rank, message in enumerate(messages):
+        file = tmp_path / "run" / f"failed-step-3-process-{rank}.pt"
+        batch = torch.load(file, weights_only=True)
+        assert str(file) in message and batch["x"].shape == (4, 3, 32, 32) and batch["step"] == 3
+        assert batch["x"].isnan().any() == (rank == 1)
+        assert all(value.isfinite().all() for value in batch["weights"].values())
+
+
+# ---- What is wrong is said
+
+
+def test_batches_that_cannot_be_divided_are_refused(images):
+    with pytest.raises(ValueError, match="a batch of 8 images cannot be divided among 3 processes"):
+        Batches(images, 8, 32, True, world=3)
+    with pytest.raises(ValueError, match="a batch of 8 images cannot be made up of parts of 3 images"):
+        trained(images, setup=Setup(per_device_batch=3))
+    with pytest.raises(ValueError, match=r"mixup and cutmix need an even number of images at a time .* got 1"):
+        trained(images, RANDOM, setup=Setup(per_device_batch=1))
+
+
+def test_parts_of_training_batches_make_up_the_whole(images):
+    whole = list(Batches(images, 8, 24, True, 5).epoch(1))
+    parts = [list(Batches(images, 8, 24, True, 5, rank=rank, world=4).epoch(1)) for rank in range(4)]
+    for k, (x, y) in enumerate(whole):
+        assert torch.equal(x, torch.cat([part[k][0] for part in parts]))
+        assert torch.equal(y, torch.cat([part[k][1] for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gpu", "device 'gpu' cannot be used here: .*gpu"), ("cuda:99", "device 'cuda:99' cannot be used here")],
+)
+def test_devices_that_are_not_there_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.choose_device(name)
+
+
+def test_fsdp_needs_processes_and_blocks(images):
+    with pytest.raises(ValueError, match="--fsdp splits the network over processes: start several, with torchrun"):
+        trained(images, setup=Setup(fsdp=True))
+    with pytest.raises(ValueError, match="Linear has no residual blocks"):
+        distributed.blocks(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["road:convnext", "road:resnet50", "timm:convnext_atto", "torchvision:convnext_tiny"])
+def test_the_blocks_of_any_model_are_found(name):
+    model = train.make_model(name, replace(TINY, depths=None, dims=None), 3)
+    assert len(distributed.blocks(model)) == {"timm:convnext_atto": 12, "road:resnet50": 16}.get(name, 18)
