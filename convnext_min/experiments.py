@@ -119,7 +119,8 @@ def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: 
     if done.returncode:
         raise RuntimeError(f"{trial.name}, seed {seed}, stopped with code {done.returncode}; see {folder}/output.txt")
     summary = json.loads((folder / "summary.json").read_text())
-    (folder / "checkpoint.pt").unlink()
+    for weights in folder.glob("*.pt"):
+        weights.unlink()
     return {
         "trial": trial.name,
         "seed": seed,

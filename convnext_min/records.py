@@ -190,7 +190,8 @@ class Log:
 
     def __exit__(self, *error: object) -> None:
         if self.events:
-            self.events.close()
+            with going_on_without("the last of TensorBoard's events"):
+                self.events.close()
         if self.online:
             self.online.finish()
 
@@ -220,12 +221,15 @@ def import_wandb() -> Any:
         raise ValueError("--wandb needs another package: pip install wandb") from None
 
 
-def save_batch(x: Tensor, y: Tensor, run: Run, folder: Path) -> Path:
-    """Write the images and labels on which a step failed, and the weights before it, to a file for `torch.load`."""
+def save_batch(x: Tensor, y: Tensor, run: Run, folder: Path) -> str:
+    """Write the images and labels on which a step failed, and the weights before it, for `torch.load`; say where."""
     path = folder / f"failed-step-{run.step}-process-{distributed.rank()}.pt"
     weights = distributed.gathered(run.model.state_dict())
-    torch.save({"x": x, "y": y, "weights": weights, "step": run.step, "seed": run.seed}, path)
-    return path
+    try:
+        torch.save({"x": x, "y": y, "weights": weights, "step": run.step, "seed": run.seed}, path)
+    except (OSError, RuntimeError) as error:
+        return f"the images could not be written to {path}: {error.__context__ or error}"
+    return f"the images are in {path}"
 
 
 def line(row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from convnext_min import convnext, data, distributed, recipes, records, roadmap, small
+from convnext_min import convnext, data, distributed, imagenet, recipes, records, roadmap, small
 from convnext_min.data import Batches, ImageSet
 from convnext_min.engine import Run, Setup, autocast_dtype, peak_memory, stop_requests
 from convnext_min.finetune import Start, load_start
@@ -265,9 +265,8 @@ def train_epoch(run: Run, requests: list[int], saver: records.Saver) -> None:
             try:
                 loss = run.train_step(x, y)
             except FloatingPointError as error:
-                if saver.path:
-                    raise FloatingPointError(f"{error}; {records.save_batch(x, y, run, saver.path.parent)}") from None
-                raise
+                where = f"; {records.save_batch(x, y, run, saver.path.parent)}" if saver.path else ""
+                raise FloatingPointError(f"{error}{where}") from None
             bar.set_postfix(loss=loss, px=resolution, refresh=False)
             run.agree(bool(requests))
             if run.stopped or run.progress >= 1 or run.recipe.resolution_at(run.progress) != resolution:
@@ -331,7 +330,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--seed", type=int, default=0)
     what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
     images = parser.add_argument_group("images")
-    images.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it Imagenette")
+    images.add_argument(
+        "--data", help="folder with train/<class>/ and val/<class>/, wds/<folder of tars>, hfds/<name>; or Imagenette"
+    )
+    images.add_argument("--workers", type=int, metavar="N", help="of each process, to read images for recipes that do")
     images.add_argument(
         "--holdout", action="store_true", help="validate on every tenth training image, to choose settings by"
     )
@@ -368,18 +370,33 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Batches, ImageSet | Batches]:
+    """The images to train on and to validate with, in memory or read from the disk as the recipe says."""
+    if recipe.loader == "disk":
+        if args.data is None:
+            raise ValueError(
+                f"the recipe {args.recipe} reads its images from the disk: say where they are, with --data"
+            )
+        place = (args.seed, distributed.rank(), distributed.world(), args.workers)
+        train_set, val_set = (
+            imagenet.loader(args.data, split, recipe, split == "train", *place, holdout=args.holdout)
+            for split in ("train", "val")
+        )
+        return train_set, val_set
+    train_set = data.imagenette("train", args.data, recipe.image_size)
+    if args.holdout:
+        return data.hold_out(train_set)
+    return train_set, data.imagenette("val", args.data, recipe.image_size)
+
+
 def run_from(args: argparse.Namespace, device: torch.device) -> None:
     """Do what the command line says."""
-    recipe = recipes.get(args.recipe, args.set)
+    recipe = recipes.get(args.recipe, args.set, args.model)
     checkpoint_in(args.output, args.resume)
     make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
     if args.wandb:
         records.import_wandb()
-    train_set = data.imagenette("train", args.data, recipe.image_size)
-    if args.holdout:
-        train_set, val_set = data.hold_out(train_set)
-    else:
-        val_set = data.imagenette("val", args.data, recipe.image_size)
+    train_set, val_set = read_images(args, recipe)
     options = {
         "seed": args.seed,
         "device": device,

@@ -502,3 +502,130 @@ def test_the_precision_can_be_forced_and_fp16_is_for_gpus():
     assert engine.autocast_dtype("fp16", gpu) == torch.float16
     with pytest.raises(ValueError, match="amp=fp16 is for GPUs, and this runs on cpu: take bf16 or fp32"):
         engine.autocast_dtype("fp16", cpu)
+
+
+# ---- The machine
+
+
+def test_the_scaler_of_fp16_leaves_the_steps_and_is_part_of_the_checkpoint(images):
+    plain, scaled = new_run(replace(TINY, clip_grad=0.5), images), new_run(replace(TINY, clip_grad=0.5), images)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)  # fp16 itself needs a GPU
+    for x, y in plain.batches.epoch(0):
+        assert scaled.train_step(x, y) == pytest.approx(plain.train_step(x, y), rel=1e-5)
+    torch.testing.assert_close(dict(scaled.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-4, atol=1e-5)
+    other = new_run(replace(TINY, clip_grad=0.5), images)
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.load(scaled.state())
+    assert other.scaler.get_scale() == 4096.0  # doubled twice in five steps
+
+
+def test_compiling_changes_neither_the_result_nor_the_names_of_the_weights(images, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    setup = engine.Setup(compile=True)
+    run, plain = new_run(TINY, images, setup=setup), new_run(TINY, images)
+    assert (
+        compiled == [run.model] and type(run.model.stages[0][0].dwconv) is nn.Conv2d
+    )  # the compiler gets plain layers
+    for x, y in plain.batches.epoch(0):
+        run.train_step(x, y), plain.train_step(x, y)
+    torch.testing.assert_close(dict(run.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_activations_give_the_same_gradients_where_blocks_draw(images):
+    setup = engine.Setup(checkpoint_activations=True)
+    run, plain = new_run(EVERYTHING_RANDOM, images, setup=setup), new_run(EVERYTHING_RANDOM, images)
+    kept = []
+    for each in (run, plain):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            for x, y in each.batches.epoch(0):
+                each.train_step(x, y)
+        kept.append("end")
+    assert equal(run.model.state_dict(), plain.model.state_dict())
+    first, second = kept[: kept.index("end")], kept[kept.index("end") + 1 : -1]
+    assert sum(first) < sum(second) / 2
+
+
+def test_random_erasing_is_left_to_a_loader_that_does_it(images):
+    recipe = replace(TINY, erasing=0.5)
+    assert new_run(recipe, images).erase is not None
+    batches = Batches(images, 8, 32, True)
+    batches.erases = True
+    assert Run(train.make_model("convnext_atto", recipe, 10), "", recipe, batches, 0, "cpu", 0.0).erase is None
+
+
+# ---- The whole command
+
+
+SMALL = "dims=(8,8,16,16) depths=(1,1,1,1) image_size=32 resolution=32 eval_resolution=32 batch_size=8 drop_path=0.1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_of_images(tmp_path_factory.mktemp("data"))
+
+
+def arguments(folder, output, *more):
+    return ["--data", str(folder), "--output", str(output), "--device", "cpu", *more, "--set", *SMALL.split()]
+
+
+def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys):
+    train.main(arguments(folder, tmp_path / "runs" / "new", "--dry-run", "--per-device-batch", "4"))
+    out = capsys.readouterr().out
+    assert "a batch in 2 parts of 4" in out
+    assert re.search(r"OK: a batch .* s, a step .* s, saving .* s, loading .* s, evaluating a batch .* s; .* GB", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, capsys):
+    more = ("--recipe", "in1k", "--epochs", "1", "--workers", "0")
+    train.main(arguments(folder, tmp_path / "run", *more))
+    assert "read from the disk" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["images"] == 16 and summary["recipe"]["rand_augment"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
+        (("--per-device-batch", "3"), "error: a batch of 8 images cannot be made up of parts of 3 images"),
+        (("--finetune", "none.pt"), "error: there is no checkpoint none.pt"),
+        (("--fsdp",), "error: --fsdp splits the network over processes: start several, with torchrun"),
+        (("--save-every", "often"), "error: save_every takes steps"),
+        (("--keep", "0"), "error: keep must be at least 1, got 0"),
+        (("--set", "amp=fp16"), "error: amp=fp16 is for GPUs, and this runs on cpu"),
+        (("--set", "loader=disk", "--workers", "0", "--set", "batch_size=1000"), "error: a batch of 1000 is more than"),
+    ],
+)
+def test_what_does_not_work_is_said_in_a_line(folder, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        train.main([*arguments(folder, tmp_path / "run"), *more])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_sigterm_exits_with_a_code_for_the_cluster(folder, tmp_path, monkeypatch, capsys):
+    plain_step = Run.train_step
+
+    def asked(self, x, y):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return plain_step(self, x, y)
+
+    monkeypatch.setattr(Run, "train_step", asked)
+    with pytest.raises(SystemExit) as code:
+        train.main(arguments(folder, tmp_path / "run"))
+    assert code.value.code == 143 and "stopped after step 3, saved in" in capsys.readouterr().out
+
+
+def test_only_a_later_second_request_stops_without_saving(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(time=lambda: now.seconds))
+    with pytest.raises(KeyboardInterrupt), engine.stop_requests() as requests:
+        signal.raise_signal(signal.SIGINT)
+        now.seconds = 1.0
+        signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal sent to all
+        assert len(requests) == 2
+        now.seconds = 3.0
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("still going on")
