@@ -6,6 +6,7 @@ part of every batch. In a single process the functions here return what they are
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -131,6 +132,8 @@ def copies(model: nn.Module) -> nn.Module:
     """`model` with gradients that are averaged over the processes during `backward`."""
     if world() == 1:
         return model
+    # A gradient laid out like its weight in all but dimensions of size 1 is copied, which is not worth a warning.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     # The buffers are shared after each step of the optimizer instead, so that the averaged weights agree as well.
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 

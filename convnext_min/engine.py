@@ -48,6 +48,21 @@ class Setup:
     keep: int = 2  # checkpoints, the newest and those before it
     wandb: str = ""  # project of Weights & Biases
 
+    def __post_init__(self):
+        number = self.save_every.removesuffix("m")
+        if self.save_every and not (number.isdecimal() and int(number)):
+            raise ValueError(f"save_every takes steps, as in 500, or minutes, as in 15m; got {self.save_every!r}")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Steps and seconds between two checkpoints within an epoch."""
+        if not self.save_every:
+            return math.inf, math.inf
+        number, minutes = int(self.save_every.removesuffix("m")), self.save_every.endswith("m")
+        return (math.inf, 60 * number) if minutes else (number, math.inf)
+
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """The trained parameters in groups: with weight decay, and without it (biases, norms and layer scale).

@@ -106,15 +106,8 @@ class Saver:
     A disk that is full does not end a run before its time: it says so, goes on, and tries again when the next is due.
     """
 
-    def __init__(self, path: Path | None, keep: int, every: str):
-        number, minutes = every.removesuffix("m"), every.endswith("m")
-        if every and not (number.isdecimal() and int(number)):
-            raise ValueError(f"save_every takes steps, as in 500, or minutes, as in 15m; got {every!r}")
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        self.path, self.keep = path, keep
-        self.steps = int(number) if every and not minutes else math.inf
-        self.seconds = 60 * int(number) if minutes else math.inf
+    def __init__(self, path: Path | None, keep: int = 1, steps: float = math.inf, seconds: float = math.inf):
+        self.path, self.keep, self.steps, self.seconds = path, keep, steps, seconds
 
     def begin(self, run: Run) -> None:
         """Count steps and seconds until the next from here."""

@@ -203,7 +203,7 @@ def train(
     """
     checkpoint = checkpoint_in(output, resume)
     setup = setup or Setup()
-    saver = records.Saver(checkpoint, setup.keep, setup.save_every)
+    saver = records.Saver(checkpoint, setup.keep, *setup.interval)
     run, val_batches = prepare(model, recipe, train_set, val_set, seed, device, started, setup, start, checkpoint)
     saver.begin(run)
     reserve = 0.0
@@ -293,7 +293,7 @@ def dry_run(run: Run, val_batches: Batches, output: Path | str) -> None:
     parent = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
     folder = Path(distributed.first(tempfile.mkdtemp(dir=parent) if distributed.rank() == 0 else ""))
     try:
-        records.Saver(folder / CHECKPOINT, 1, "").save(run, last=True)
+        records.Saver(folder / CHECKPOINT).save(run, last=True)
         took("saving")
         run.load(records.load_checkpoint(folder / CHECKPOINT))
         took("loading")
@@ -396,7 +396,9 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
     if args.wandb:
         records.import_wandb()
-    train_set, val_set = read_images(args, recipe)
+    for path in filter(None, (args.finetune, args.class_map)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {path}")
     options = {
         "seed": args.seed,
         "device": device,
@@ -404,6 +406,7 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
         "setup": Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}),
         "start": Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None,
     }
+    train_set, val_set = read_images(args, recipe)
     if args.dry_run:
         dry_run(*prepare(args.model, recipe, train_set, val_set, **options), args.output)
     else:

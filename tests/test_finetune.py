@@ -53,7 +53,7 @@ def test_other_classes_get_the_classifier_that_the_recipe_builds(run, classes):
     new = network.head.weight.clone()
     assert f"the classifier is new, for {len(classes)} classes" in load_start(network, Start(path), classes)
     assert equal(body(network.state_dict()), body(last)) and torch.equal(network.head.weight, new)
-    assert new.abs().max() < 0.001 * 0.05
+    assert new.std().item() == pytest.approx(0.001 * 0.02, rel=0.3)
 
 
 def test_an_official_release_is_read(tmp_path):
@@ -118,5 +118,5 @@ def test_a_run_starts_there_once_and_resumes_its_own_weights(run, images, tmp_pa
     assert "the classifier is new, for 2 classes" in capsys.readouterr().out
     train.train(*arguments, device="cpu", start=Start(path), resume=True)
     assert "the classifier is new" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="its start is .*, here it is None"):
+    with pytest.raises(ValueError, match=r"its start is .*, here it is None"):
         train.train(*arguments, device="cpu", resume=True)

@@ -55,8 +55,8 @@ def test_checkpoints_are_written_between_the_ends_of_epochs(images, tmp_path, mo
     assert [step for name, step in written if name == "checkpoint.pt"] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
 
 
-def test_minutes_between_checkpoints_are_counted_from_the_last(images):
-    saver = records.Saver(None, 1, "15m")
+def test_minutes_between_checkpoints_are_counted_from_the_last():
+    saver = records.Saver(None, 1, *Setup(save_every="15m").interval)
     saver.begin(SimpleNamespace(step=0, now=100.0))
     assert not saver.due(SimpleNamespace(step=70, now=999.0)) and saver.due(SimpleNamespace(step=71, now=1000.0))
     saver.save(SimpleNamespace(step=71, now=1003.0))
@@ -66,7 +66,7 @@ def test_minutes_between_checkpoints_are_counted_from_the_last(images):
 @pytest.mark.parametrize("every", ["often", "0", "-5", "m", "1.5m"])
 def test_what_save_every_takes_is_said(every):
     with pytest.raises(ValueError, match=f"save_every takes steps, as in 500, or minutes, as in 15m; got '{every}'"):
-        records.Saver(None, 1, every)
+        Setup(save_every=every)
 
 
 def test_best_is_the_checkpoint_of_the_highest_accuracy(images, tmp_path, monkeypatch):

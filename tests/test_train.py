@@ -590,7 +590,7 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
     [
         (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
         (("--per-device-batch", "3"), "error: a batch of 8 images cannot be made up of parts of 3 images"),
-        (("--finetune", "none.pt"), "error: there is no checkpoint none.pt"),
+        (("--finetune", "none.pt"), "error: there is no none.pt"),
         (("--fsdp",), "error: --fsdp splits the network over processes: start several, with torchrun"),
         (("--save-every", "often"), "error: save_every takes steps"),
         (("--keep", "0"), "error: keep must be at least 1, got 0"),
