@@ -145,7 +145,8 @@ def measure_speed(model: str, recipe: Recipe, per_process: int) -> float:
     network = train.make_model(model, recipe, 1000).to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         fast.accelerate(network)
-    with torch.autocast(device.type, torch.bfloat16, enabled=engine.uses_bf16(recipe.amp, device)):
+    dtype = engine.autocast_dtype(recipe.amp, device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
         return measure.throughput(network, recipe.resolution, per_process, training=True).median
 
 

@@ -86,7 +86,7 @@ def test_settings_have_the_type_of_their_field():
         ("resolution=16", "resolution must be at least 32, got 16"),
         ("drop_path=1.0", "drop_path must be at least 0 and below 1, got 1.0"),
         ("base_lr=-1.0", "base_lr must be positive, got -1.0"),
-        ("amp=fp8", "amp must be auto, bf16 or fp32, got 'fp8'"),
+        ("amp=fp8", "amp must be auto, bf16, fp16 or fp32, got 'fp8'"),
         ("momentum=0.9", "cannot set 'momentum=0.9'.*key out of epochs, minutes"),
         ("epochs", "cannot set 'epochs'.*key=value"),
     ],
