@@ -71,6 +71,18 @@ def hold_out(image_set: ImageSet) -> tuple[ImageSet, ImageSet]:
     return image_set.subset(~held_out), image_set.subset(held_out)
 
 
+def part(image_set: ImageSet, fraction: float) -> ImageSet:
+    """`fraction` of the images of each class, at least one, always the same ones; smaller parts are in larger ones."""
+    if fraction == 1:
+        return image_set
+    order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(0))
+    kept = []
+    for label in range(len(image_set.classes)):
+        of_class = order[image_set.labels[order] == label]
+        kept.append(of_class[: max(1, round(fraction * len(of_class)))])
+    return image_set.subset(torch.cat(kept).sort().values)
+
+
 # ---- Where the images come from
 
 

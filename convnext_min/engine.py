@@ -136,7 +136,8 @@ class Run:
         self.network = self._laid_out()
         self.forward = torch.compile(self.network) if self.setup.compile else self.network
         groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
-        self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, betas=recipe.betas)
+        options = {"betas": recipe.betas} if recipe.betas else {}
+        self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, **options)
         self.mix = self.erase = None
         if recipe.mixup or recipe.cutmix:
             self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from convnext_min.records import environment, write_json
+from convnext_min.roadmap import STEPS
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,40 @@ LEVERS = {
     "stem, init, layer scale, Muon": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2", "optimizer=muon"),
 }
 
+# The two ends of the road, and the two recipes: which of them brings the gain?
+ENDS = ("resnet50", "convnext")
+
+# The ends again with a part of the images, at as many steps; with three times the epochs; with larger images.
+CONDITIONS = {
+    "10% of the images": ("fraction=0.1", "epochs=120"),
+    "30% of the images": ("fraction=0.3", "epochs=40"),
+    "all images": (),
+    "three times the epochs": ("epochs=36",),
+    "128 px": ("resolution=128", "eval_resolution=128"),
+}
+
+# What the paper's recipe adds to a small ConvNeXt, one thing at a time.
+ADDED = {
+    "plain": (),
+    "no layer scale": ("layer_scale_init=0.0",),
+    "layer scale 0.2": ("layer_scale_init=0.2",),
+    "stochastic depth 0.1": ("drop_path=0.1",),
+    "no average of weights": ("ema_decay=0.0",),
+    "average with decay 0.9999 throughout": ("ema_horizon=None",),
+    "no label smoothing": ("label_smoothing=0.0",),
+    "Mixup": ("mixup=0.8",),
+    "CutMix": ("cutmix=1.0",),
+    "random erasing": ("erasing=0.25",),
+}
+
 EXPERIMENTS = {
     "levers": [Trial(name, "convnext_atto", "imagenette", changes, ("--holdout",)) for name, changes in LEVERS.items()],
+    "road": [Trial(step, f"road:{step}", "road") for step in STEPS],
+    "grid": [Trial(f"{end}, {name}", f"road:{end}", name) for end in ENDS for name in ("road-classic", "road")],
+    "when": [
+        Trial(f"{end}, {name}", f"road:{end}", "road", changes) for name, changes in CONDITIONS.items() for end in ENDS
+    ],
+    "ablate": [Trial(name, "convnext_atto", "imagenette", changes) for name, changes in ADDED.items()],
 }
 
 

@@ -385,8 +385,10 @@ def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Ba
         return train_set, val_set
     train_set = data.imagenette("train", args.data, recipe.image_size)
     if args.holdout:
-        return data.hold_out(train_set)
-    return train_set, data.imagenette("val", args.data, recipe.image_size)
+        train_set, val_set = data.hold_out(train_set)
+    else:
+        val_set = data.imagenette("val", args.data, recipe.image_size)
+    return data.part(train_set, recipe.fraction), val_set
 
 
 def run_from(args: argparse.Namespace, device: torch.device) -> None:

@@ -19,6 +19,12 @@ def test_learning_rate_is_linear_then_a_half_cosine():
     assert recipe.lr_at(1.0) == pytest.approx(1e-4)
 
 
+def test_steps_divide_the_learning_rate_by_ten_after_each_third():
+    recipe = Recipe(base_lr=0.1, base_batch=256, batch_size=256, schedule="steps", warmup=0.1)
+    rates = [recipe.lr_at(progress) for progress in (0.05, 0.1, 0.33, 0.34, 0.66, 0.67, 1.0)]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
 def test_learning_rate_without_warm_up_starts_at_its_peak():
     assert Recipe(warmup=0.0, base_lr=1e-3, base_batch=256, batch_size=256).lr_at(0.0) == 1e-3
 
@@ -80,7 +86,7 @@ def test_settings_have_the_type_of_their_field():
         ("epochs=True", "epochs takes int, got True"),
         ("base_lr=fast", "base_lr takes float, got 'fast'"),
         ("minutes=soon", r"minutes takes float \| None, got 'soon'"),
-        ("betas=(0.9,)", r"betas takes tuple\[float, float\], got \(0.9,\)"),
+        ("betas=(0.9,)", r"betas takes tuple\[float, float\] \| None, got \(0.9,\)"),
         ("progressive=(0.5,64)", r"progressive takes tuple\[tuple\[float, int\], ...\], got \(0.5, 64\)"),
         ("progressive=((0.7,96),(0.4,64))", "progressive must be pairs of a growing fraction"),
         ("resolution=16", "resolution must be at least 32, got 16"),

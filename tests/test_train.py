@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from convnext_min import engine, records, train
+from convnext_min import engine, recipes, records, train
 from convnext_min.data import Batches, ImageSet, offline_sample
 from convnext_min.engine import Run, parameter_groups
 from convnext_min.fast import FastDepthwise
@@ -629,3 +629,14 @@ def test_only_a_later_second_request_stops_without_saving(monkeypatch):
         now.seconds = 3.0
         signal.raise_signal(signal.SIGINT)
         pytest.fail("still going on")
+
+
+def test_the_classic_recipe_is_sgd_with_momentum_and_its_own_decay(images):
+    recipe = replace(recipes.get("road-classic"), epochs=1, resolution=32, eval_resolution=32, batch_size=20)
+    run, _ = train.prepare("road:resnet50", recipe, images, images)
+    (decayed, free), optimizer = run.optimizer.param_groups, run.optimizer
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.9
+    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0.0)
+    before = run.model.stem[0].weight.detach().clone()
+    run.train_step(*next(run.batches.epoch(0)))
+    assert not torch.equal(run.model.stem[0].weight, before)
