@@ -99,7 +99,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process on a CPU the buffers of the first: on GPUs SyncBatchNorm keeps its statistics equal."""
+    """Give every process on a CPU the buffers of the first: on GPUs SyncBatchNorm keeps its statistics equal.
+
+    DistributedDataParallel does so before a step, which is too late for averages and evaluations between steps.
+    """
     for buffer in model.buffers():
         if world() > 1 and buffer.device.type == "cpu":
             dist.broadcast(buffer, 0)
@@ -134,8 +137,7 @@ def copies(model: nn.Module) -> nn.Module:
         return model
     # A gradient laid out like its weight in all but dimensions of size 1 is copied, which is not worth a warning.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-    # The buffers are shared after each step of the optimizer instead, so that the averaged weights agree as well.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:

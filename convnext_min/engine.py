@@ -30,7 +30,8 @@ from convnext_min.data import Batches
 from convnext_min.layer_decay import learning_rate_scales
 from convnext_min.recipes import Recipe
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS)
 NOT_DECAYED = ("bias", "gamma", "layer_scale")  # layer scale is `gamma` here and in timm, `layer_scale` in torchvision
 WRITING_SECONDS = 5.0  # kept free at the end of a timed run for the checkpoint and the curve
 ONE_REQUEST = 2.0  # seconds within which signals are one request: Ctrl-C reaches a process also through torchrun
@@ -100,6 +101,18 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
 
 
+def images_at_a_time(recipe: Recipe, setup: Setup) -> int:
+    """How many images a process takes at a time. Raises ValueError if such parts do not make up the batch."""
+    batch, world = recipe.batch_size, distributed.world()
+    size = setup.per_device_batch or batch // world
+    if size < 1 or batch % (size * world):
+        per = f"{size} images" + (f" in each of {world} processes" if world > 1 else "")
+        raise ValueError(f"a batch of {batch} images cannot be made up of parts of {per}")
+    if (recipe.mixup or recipe.cutmix) and size % 2:
+        raise ValueError(f"mixup and cutmix need an even number of images at a time in a process, got {size}")
+    return size
+
+
 class Run:
     """A network in training: all that a checkpoint holds, and its place in the schedule."""
 
@@ -120,7 +133,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         if self.setup.fsdp and self.scaler.is_enabled():
             raise ValueError("--fsdp is not tested with amp=fp16: take bf16")
-        self.micro_batch = self._micro_batch()
+        self.micro_batch = images_at_a_time(recipe, self.setup)
         classes = len(batches.classes)
         model = model.to(self.device, memory_format=torch.preserve_format if self.setup.fsdp else torch.channels_last)
         if self.device.type == "cuda" and distributed.world() > 1:
@@ -159,17 +172,6 @@ class Run:
         self.stopped = False
         self.agree()
 
-    def _micro_batch(self) -> int:
-        """How many images a process takes at a time. Raises ValueError if they do not make up the batch."""
-        batch, world = self.recipe.batch_size, distributed.world()
-        size = self.setup.per_device_batch or batch // world
-        if size < 1 or batch % (size * world):
-            per = f"{size} images" + (f" in each of {world} processes" if world > 1 else "")
-            raise ValueError(f"a batch of {batch} images cannot be made up of parts of {per}")
-        if (self.recipe.mixup or self.recipe.cutmix) and size % 2:
-            raise ValueError(f"mixup and cutmix need an even number of images at a time in a process, got {size}")
-        return size
-
     def _laid_out(self) -> nn.Module:
         """The network as this machine computes it: the same parameters, here or split over the processes."""
         if self.setup.fsdp:
@@ -189,11 +191,15 @@ class Run:
         self.model.train()
 
     def __str__(self) -> str:
-        parts, world = self.recipe.batch_size // (self.micro_batch * distributed.world()), distributed.world()
+        batch, size, world = self.recipe.batch_size, self.micro_batch, distributed.world()
+        parts = batch // (size * world)
+        norms = {type(module) for module in self.model.modules() if isinstance(module, BATCH_NORMS)}
+        normed = size * world if norms == {nn.SyncBatchNorm} else size
         return ", ".join(
             [f"on {self.device} in {str(self.dtype or torch.float32).removeprefix('torch.')}"]
             + [f"{world} processes"] * (world > 1)
-            + [f"a batch in {parts} parts of {self.micro_batch}"] * (parts > 1)
+            + [f"a batch in {parts} parts of {size}"] * (parts > 1)
+            + [f"BatchNorm over {normed} images"] * (bool(norms) and normed < batch)
             + ["accelerated by convnext_min.fast"] * self.accelerated
             + [f"seed {self.seed}"]
         )

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from convnext_min import convnext, data, distributed, imagenet, recipes, records, roadmap, small
 from convnext_min.data import Batches, ImageSet
-from convnext_min.engine import Run, Setup, autocast_dtype, peak_memory, stop_requests
+from convnext_min.engine import Run, Setup, autocast_dtype, images_at_a_time, peak_memory, stop_requests
 from convnext_min.finetune import Start, load_start
 from convnext_min.measure import count_parameters
 from convnext_min.recipes import Recipe
@@ -395,12 +395,6 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     """Do what the command line says."""
     recipe = recipes.get(args.recipe, args.set, args.model)
     checkpoint_in(args.output, args.resume)
-    make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
-    if args.wandb:
-        records.import_wandb()
-    for path in filter(None, (args.finetune, args.class_map)):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no {path}")
     options = {
         "seed": args.seed,
         "device": device,
@@ -408,6 +402,14 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
         "setup": Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}),
         "start": Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None,
     }
+    make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
+    images_at_a_time(recipe, options["setup"])
+    autocast_dtype(recipe.amp, device)
+    if args.wandb:
+        records.import_wandb()
+    for path in filter(None, (args.finetune, args.class_map)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {path}")
     train_set, val_set = read_images(args, recipe)
     if args.dry_run:
         dry_run(*prepare(args.model, recipe, train_set, val_set, **options), args.output)

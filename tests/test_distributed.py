@@ -1,6 +1,7 @@
 """Real processes that exchange gradients: they do what one process does, stop together and go on together."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import random
@@ -9,13 +10,14 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import TINY, command, equal, folder_of_images
 from torch import nn
 
-from convnext_min import distributed, records, train
+from convnext_min import distributed, engine, records, train
 from convnext_min.data import Batches, offline_sample
 from convnext_min.engine import Run, Setup
 
@@ -138,15 +140,43 @@ def test_each_part_of_a_batch_draws_its_own_and_gradients_are_sent_once(images, 
     assert [step for step, _ in one["seeds"]] == [step for step in range(5) for _ in range(2)]
 
 
+def timed(images):
+    """A run of minutes in which a step takes a second, on a clock that is an hour ahead in the second process."""
+    now = SimpleNamespace(seconds=3600.0 * distributed.rank())
+    plain_step = Run.train_step
+
+    def step(self, x, y):
+        loss = plain_step(self, x, y)
+        now.seconds += 1
+        return loss
+
+    Run.train_step = step
+    engine.time = SimpleNamespace(time=lambda: now.seconds)
+    train.evaluation_seconds = lambda *_: 4.0
+    history = train.train("convnext_atto", replace(PLAIN, minutes=0.4), images, images, device="cpu", started=0.0)
+    return history.rows[-1]["step"], history.rows[-1]["lr"], history.model.state_dict()
+
+
+def test_processes_go_by_the_clock_of_the_first(images, tmp_path):
+    one, two = in_processes(2, tmp_path, timed, images)
+    steps = 24 - 4 - engine.WRITING_SECONDS
+    assert one[0] == two[0] == steps and one[1] == two[1] == PLAIN.lr_at((steps - 1) / steps)
+    assert equal(one[2], two[2])
+
+
 def test_batch_norm_has_the_same_statistics_in_all_processes(images, tmp_path):
     recipe = replace(PLAIN, epochs=1, depths=None, dims=None, width_multiplier=0.125)
     one, two = in_processes(2, tmp_path, with_batch_norm, images, recipe)
-    assert equal(one, two) and one["stages.0.0.norm.running_mean"].abs().max() > 0
+    (weights, told), (other, _) = one, two
+    assert "2 processes, BatchNorm over 4 images" in told
+    assert equal(weights, other) and weights["stages.0.0.norm.running_mean"].abs().max() > 0
 
 
 def with_batch_norm(images, recipe):
-    history = train.train("road:fewer_norms", recipe, images, images.subset(slice(13)), device="cpu")
-    return history.model.state_dict()
+    """The weights, and what is printed."""
+    with contextlib.redirect_stdout(io.StringIO()) if distributed.rank() == 0 else contextlib.nullcontext() as text:
+        history = train.train("road:fewer_norms", recipe, images, images.subset(slice(13)), device="cpu")
+    return history.model.state_dict(), text.getvalue() if text else ""
 
 
 def evaluated(images, fsdp):
