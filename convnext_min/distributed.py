@@ -103,9 +103,10 @@ def share_buffers(model: nn.Module) -> None:
 
     DistributedDataParallel does so before a step, which is too late for averages and evaluations between steps.
     """
-    for buffer in model.buffers():
-        if world() > 1 and buffer.device.type == "cpu":
-            dist.broadcast(buffer, 0)
+    if world() > 1:
+        for buffer in model.buffers():
+            if buffer.device.type == "cpu":
+                dist.broadcast(buffer, 0)
 
 
 # ---- How the network is laid out

@@ -135,6 +135,7 @@ class Run:
             raise ValueError("--fsdp is not tested with amp=fp16: take bf16")
         self.micro_batch = images_at_a_time(recipe, self.setup)
         classes = len(batches.classes)
+        # Shards are cut from contiguous weights; images are channels-last all the same.
         model = model.to(self.device, memory_format=torch.preserve_format if self.setup.fsdp else torch.channels_last)
         if self.device.type == "cuda" and distributed.world() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it exists for GPUs only

@@ -126,9 +126,9 @@ class History(NamedTuple):
 class Stopped(KeyboardInterrupt):
     """A run was asked to stop; `code` is what the process then exits with: 130 after Ctrl-C, 143 after SIGTERM."""
 
-    def __init__(self, message: str, requests: list[int]):
+    def __init__(self, message: str, terminated: bool):
         super().__init__(message)
-        self.code = 128 + (signal.SIGTERM if signal.SIGTERM in requests else signal.SIGINT)
+        self.code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def prepare(
@@ -214,6 +214,7 @@ def train(
     result = None
     with stop_requests() as requests, records.Log(checkpoint, run.step, setup.wandb, run.identity) as log:
         while run.progress < 1 and not run.stopped:
+            result = None  # what is evaluated is the end of this epoch, or nothing
             train_epoch(run, requests, saver)
             over, (epochs, rest) = run.progress >= 1, divmod(run.step, len(run.batches))
             if rest and not over:
@@ -233,7 +234,8 @@ def train(
     if run.progress < 1:
         if run.step != saver.saved:
             saver.save(run, last=True)
-        raise Stopped(f"stopped after step {run.step:,}" + (f", saved in {checkpoint}" if checkpoint else ""), requests)
+        told = f"stopped after step {run.step:,}" + (f", saved in {checkpoint}" if checkpoint else "")
+        raise Stopped(told, any(distributed.gather(signal.SIGTERM in requests)))
     result = result or evaluate(run.best, val_batches, recipe.amp)
 
     weights = "averaged" if run.ema else "last"

@@ -21,7 +21,7 @@ from convnext_min import distributed, engine, records, train
 from convnext_min.data import Batches, offline_sample
 from convnext_min.engine import Run, Setup
 
-PLAIN = replace(TINY, epochs=2)  # 10 steps of 8 images
+PLAIN = replace(TINY, epochs=2, clip_grad=0.5)  # 10 steps of 8 images
 RANDOM = replace(PLAIN, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
 
 # Processes are forked from one that has imported these, and so start at once.
@@ -277,7 +277,7 @@ def stopped_by_one(images, folder):
 
 
 def test_a_request_to_one_process_stops_all_at_the_same_step(images, tmp_path):
-    assert in_processes(2, tmp_path, stopped_by_one, images, tmp_path / "run") == [130, 143]
+    assert in_processes(2, tmp_path, stopped_by_one, images, tmp_path / "run") == [143, 143]
     assert records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
 

@@ -375,6 +375,24 @@ def test_a_timed_run_fits_its_schedule_between_start_and_evaluation(images, cloc
     assert history.rows[-1]["top1"] is None and history.rows[-1]["ema_top1"] == history.top1
 
 
+def test_a_timed_run_that_ends_while_it_writes_reports_the_weights_it_has(images, clock, monkeypatch):
+    judged, plain_write, plain_evaluate = [], records.Log.write, train.evaluate
+
+    def slow_write(self, rows):
+        plain_write(self, rows)
+        clock.seconds += 10 * (len(rows) == 3)
+
+    def judge(model, *arguments):
+        judged.append(model.head.weight.clone())
+        return plain_evaluate(model, *arguments)
+
+    monkeypatch.setattr(records.Log, "write", slow_write)
+    monkeypatch.setattr(train, "evaluate", judge)
+    history = train.train("convnext_atto", replace(TINY, minutes=0.5), images, images, started=0.0)
+    assert [row["ema_top1"] is None for row in history.rows] == [False, False, True]  # no time for it at step 15
+    assert torch.equal(judged[-1], history.model.head.weight)
+
+
 def test_a_timed_run_that_is_resumed_counts_the_time_before(images, clock, tmp_path, monkeypatch):
     recipe = replace(TINY, minutes=0.5)
 
