@@ -110,7 +110,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(images, tmp_pa
     out = capsys.readouterr().out
     assert said in out and f"going on from {before}, of step 5" in out and "continuing at step 5" in out
     assert equal(whole.model.state_dict(), resumed.model.state_dict())
-    assert steps(tmp_path / "run") == [15, 10]  # the damaged one has not pushed out a good one
+    assert steps(tmp_path / "run") == [15, 10]
+    assert (tmp_path / "run" / "checkpoint.broken").exists() == (damage == "cut off")  # it has pushed out no good one
     with open(tmp_path / "run" / "log.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15"]
 

@@ -280,7 +280,7 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path):
     data, parts, whole = (str(tmp_path / name) for name in ("data", "parts", "whole"))
     folder_of_images(Path(data))
     options = {"cwd": Path(__file__).parents[1], "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    arguments = ("--data", data, "--epochs", "12", "--output")
+    arguments = ("--data", data, "--epochs", "6", "--output")
     with subprocess.Popen(command(*arguments, parts), stdout=subprocess.PIPE, text=True, **options) as process:
         for line in process.stdout:
             if line.startswith("epoch 2:"):
@@ -289,12 +289,12 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path):
         rest = process.stdout.read()
     assert process.returncode == 130
     stopped = int(re.search(r"stopped after step (\d+), saved in", rest)[1])
-    assert 48 <= stopped < 288  # 24 steps an epoch
+    assert 48 <= stopped < 144  # 24 steps an epoch
     again = re.search(r"To go on: python (.*)", rest)[1]
     subprocess.run([sys.executable, *shlex.split(again)], check=True, **options)
     subprocess.run(command(*arguments, whole), check=True, **options)
     one, two = (records.load_checkpoint(f"{folder}/checkpoint.pt") for folder in (whole, parts))
-    assert one["step"] == two["step"] == 288
+    assert one["step"] == two["step"] == 144
     assert equal(one["weights"], two["weights"]) and equal(one["ema"], two["ema"])
 
 
