@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from convnext_min import blocks
+from convnext_min.convnext import Block, ConvNeXt, LayerNorm
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import Recipe
-from convnext_min.roadmap import STEPS, RoadNet, build
+from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
 
 
 def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int, int] = (2, 3, 64, 64)) -> None:
@@ -179,3 +180,150 @@ def check_shift_error(answer) -> None:
             if not isinstance(value, (int, float)) or not math.isclose(value, right, rel_tol=1e-3, abs_tol=1e-6):
                 raise AssertionError(f"shift_error of the {slug} stem at {shift} px: got {value}, which is not right")
     solved("a patchify stem follows a shift exactly if it is a whole patch, and only then")
+
+
+# 05 Large kernels
+
+
+def check_dilated_block(answer) -> None:
+    """Exercise 5.1: the reach of a 7x7 kernel at the cost of a 3x3 one."""
+    for stride in (1, 2):
+        block, right = answer(8, 8 * stride, stride), blocks.MovedUpBlock(8, 8 * stride, stride)
+        expect(count_macs(block, 28, 8), count_macs(right, 28, 8), f"MACs with stride {stride}")
+        image = torch.zeros(1, 8, 28, 28, requires_grad=True)
+        out = block.dwconv(image)
+        expect(tuple(out.shape), (1, 8, 28 // stride, 28 // stride), f"shape after dwconv with stride {stride}")
+        out[..., 14 // stride, 14 // stride].sum().backward()
+        rows = image.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+        expect(int(rows[-1] - rows[0]) + 1, 7, f"reach with stride {stride}, in positions")
+    solved("nine taps, three apart, reach over seven positions")
+
+
+def check_stack_of_threes(answer) -> None:
+    """Exercise 5.2: how many 3x3 convolutions reach as far as one k x k, and for what fraction of its MACs."""
+    for kernel_size in (3, 5, 7, 11):
+        layers, fraction = answer(kernel_size)
+        expect(layers, (kernel_size - 1) // 2, f"layers for kernel size {kernel_size}", reveal=False)
+        right = layers * 9 / kernel_size**2
+        expect(fraction, right, f"fraction of the MACs for kernel size {kernel_size}", 1e-3, reveal=False)
+    solved("fewer MACs, in more layers")
+
+
+def check_depthwise_macs_of_design(answer) -> None:
+    """Exercise 5.3: MACs of all depthwise convolutions of a design at 224 px, held to PyTorch's counter."""
+    for regime, steps in REGIMES.items():
+        with torch.device("meta"):
+            small, large = (count_macs(RoadNet(steps[slug])) for slug in ("move_up", "kernel11"))
+        one_tap = (large - small) // (11**2 - 3**2)
+        for slug in ("move_up", "kernel7", "kernel11"):
+            right = one_tap * steps[slug].kernel_size ** 2
+            expect(answer(steps[slug]), right, f"MACs of the depthwise convolutions of {slug}, {regime}", reveal=False)
+    solved("the counter's figure in both regimes")
+
+
+# 06 Micro design
+
+
+def check_layer_norm(answer) -> None:
+    """Exercise 6.1: LayerNorm over the channels of (N, C, H, W), by hand."""
+    generator = torch.Generator().manual_seed(0)
+    for chans, spread in ((96, 1.0), (4, 1.0), (4, 1e-3)):
+        norm = LayerNorm(chans)
+        for parameter in norm.parameters():
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        x = 3 + spread * torch.randn(2, chans, 5, 5, generator=generator)
+        with torch.no_grad():
+            y, right = answer(x, norm.weight, norm.bias), norm(x)
+        expect(y, right, f"{chans} channels with a standard deviation of {spread:g}", 1e-3)
+    solved("normalized over the channels of each pixel")
+
+
+def check_fold_batch_norm(answer) -> None:
+    """Exercise 6.2: a convolution that does what a convolution and a BatchNorm in evaluation mode do."""
+    generator = torch.Generator().manual_seed(0)
+    for conv in (nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False), nn.Conv2d(8, 16, 1, stride=2, bias=False)):
+        norm = nn.BatchNorm2d(conv.out_channels).eval()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(norm, name).data.uniform_(0.5, 1.5, generator=generator)
+        x = torch.randn(2, 8, 14, 14, generator=generator)
+        with torch.no_grad():
+            folded = answer(conv, norm)
+            if not isinstance(folded, nn.Conv2d):
+                raise AssertionError(f"the answer is one nn.Conv2d, got {type(folded).__name__}")
+            y, right = folded(x), norm(conv(x))
+        k = conv.kernel_size[0]
+        expect(y, right, f"what the folded {k}x{k} convolution computes", 1e-4)
+    solved("in evaluation mode the BatchNorm has vanished into the convolution")
+
+
+def check_separate_downsampling_macs(answer) -> None:
+    """Exercise 6.3: the MACs that separate downsampling adds at 224 px, held to PyTorch's counter."""
+    for regime, steps in REGIMES.items():
+        with torch.device("meta"):
+            before, after = (count_macs(RoadNet(steps[slug])) for slug in ("layer_norm", "convnext"))
+        value = answer(steps["convnext"])
+        expect(value, after - before, f"additional MACs in the {regime} regime", reveal=False)
+    solved("the counter's figure in both regimes")
+
+
+# 07 ConvNeXt
+
+
+def check_stages(answer) -> None:
+    """Exercise 7.1: a ConvNeXt built from a flat list of layers, with downsampling where it belongs."""
+    for depths, dims in (((1, 2, 3, 1), (8, 16, 32, 64)), ((2, 1, 1, 1), (8, 8, 16, 16))):
+        reference = ConvNeXt(depths=depths, dims=dims, num_classes=5)
+        parts = [part for pair in zip(reference.downsample_layers, reference.stages) for part in pair]
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), reference.norm, reference.head)
+        print(f"depths {depths}, dims {dims}:", end=" ")
+        same(answer(depths, dims, 5), nn.Sequential(*parts, *head))
+    solved("a stem and three downsampling layers, for any dims")
+
+
+def check_drop_path(answer) -> None:
+    """Exercise 7.2: stochastic depth as a function of (x, rate, training)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for shape, rate in (((4000, 2, 3, 3), 0.25), ((4000, 5), 0.5)):
+            x = torch.rand(shape, generator=generator) + 0.5
+            expect(answer(x, rate, False), x, "drop_path in evaluation")
+            expect(answer(x, 0.0, True), x, "drop_path with rate 0")
+            factors = (answer(x, rate, True) / x).flatten(1)
+            if not torch.allclose(factors, factors[:, :1], atol=1e-5):
+                raise AssertionError("a sample is kept or dropped as a whole; here some are dropped in part")
+            dropped = (factors[:, 0] == 0).double().mean().item()
+            if abs(dropped - rate) > 0.05:
+                raise AssertionError(f"with rate {rate} it dropped {dropped:.0%} of the samples of one batch")
+            if abs(factors.mean().item() - 1) > 0.05:
+                raise AssertionError(f"with rate {rate} the mean became {factors.mean():.2f} times what it was")
+    solved("each sample has a draw of its own, and the mean over draws is the input")
+
+
+def check_convnext_parameters(answer) -> None:
+    """Exercise 7.3: the parameters of any ConvNeXt by arithmetic, held to the built network."""
+    for depths, dims, classes in (
+        ((3, 3, 9, 3), (96, 192, 384, 768), 1000),
+        ((2, 2, 6, 2), (40, 80, 160, 320), 10),
+        ((1, 4, 2, 3), (8, 24, 16, 40), 7),
+    ):
+        with torch.device("meta"):
+            right = count_parameters(ConvNeXt(depths=depths, dims=dims, num_classes=classes))
+        expect(answer(depths, dims, classes), right, f"parameters of {depths}, {dims}, {classes} classes", reveal=False)
+    solved("down to the last bias")
+
+
+def check_folded_layer_scale(answer) -> None:
+    """Exercise 7.4: a block without layer scale that computes what the given one does."""
+    torch.manual_seed(0)
+    block, x = Block(8), torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.uniform_(-1, 1)
+        right = block(x)
+        folded = answer(block)
+        if not isinstance(folded, Block) or folded.gamma is not None:
+            raise AssertionError("the answer is a Block whose gamma is None")
+        expect(block(x), right, "what the block that was given computes afterwards")
+        expect(folded(x), right, "what the folded block computes", 1e-4)
+    solved("layer scale costs nothing once training is over")

@@ -58,6 +58,23 @@ WRITTEN = [
     ("01_resnet50_and_the_recipe", "DropPath(0.3)", "convnext.DropPath(0.3)", (32, 3, 4, 4)),
     ("02_macro_design", "make_stages((3, 3, 9, 3))[1]", "build('stage_ratio').stages[1]", (2, 256, 8, 8)),
     ("02_macro_design", "patchify_stem(3, 64)", "build('patchify').stem", (2, 3, 16, 16)),
+    ("05_large_kernels", "MovedUpBlock(8, 16, 2)", "blocks.MovedUpBlock(8, 16, 2)", (2, 8, 14, 14)),
+    (
+        "05_large_kernels",
+        "MovedUpBlock(8, 8, kernel_size=11)",
+        "blocks.MovedUpBlock(8, 8, kernel_size=11)",
+        (2, 8, 14, 14),
+    ),
+    ("06_micro_design", "GELU()", "nn.GELU()", (2, 8, 7, 7)),
+    ("06_micro_design", "MyFewerActivationsBlock(8, 16, 2)", "blocks.FewerActivationsBlock(8, 16, 2)", (2, 8, 14, 14)),
+    ("06_micro_design", "MyFewerNormsBlock(8, 16, 2)", "blocks.FewerNormsBlock(8, 16, 2)", (2, 8, 14, 14)),
+    ("06_micro_design", "LayerNorm2d(8)", "convnext.LayerNorm(8)", (2, 8, 7, 7)),
+    ("06_micro_design", "MyConvNeXtBlock(8)", "blocks.ConvNeXtBlock(8, 8)", (2, 8, 14, 14)),
+    ("06_micro_design", "MyConvNeXt()", "build('convnext')", (2, 3, 32, 32)),
+    ("07_convnext", "LayerNorm(8)", "convnext.LayerNorm(8)", (2, 8, 7, 7)),
+    ("07_convnext", "DropPath(0.3)", "convnext.DropPath(0.3)", (32, 3, 4, 4)),
+    ("07_convnext", "Block(8, 0.3)", "convnext.Block(8, 0.3)", (4, 8, 14, 14)),
+    ("07_convnext", "ConvNeXt()", "convnext.ConvNeXt()", (2, 3, 32, 32)),
 ]
 PACKAGE = {"blocks": blocks, "build": build, "convnext": convnext, "nn": nn, "torchvision": torchvision}
 
