@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import pairwise
 from statistics import median
 
 import matplotlib.pyplot as plt
@@ -218,6 +219,20 @@ def step_table(*slugs: str) -> Table:
             costs = (f"{count_macs(model) / 1e9:.3f}", f"{row.gmacs:.2f}", f"{count_parameters(model) / 1e6:.2f}", top1)
             rows.append((row.label, {"resnet50": "10", "resnet200": "11"}[regime], *costs))
     return table(("step", "paper's Table", "GMACs here", "GMACs paper", "params (M)", "top-1 paper (%)"), rows)
+
+
+def gain_table(*slugs: str) -> Table:
+    """The paper's change of top-1 from each of the road steps to the next, in points, in both regimes.
+
+    Table 10 gives standard deviations over three seeds: beside a change stands that of a difference of two such runs.
+    """
+    rows = []
+    for old, new in pairwise(slugs):
+        before, after = paper.TABLE10[old], paper.TABLE10[new]
+        changes = [published[new].top1 - published[old].top1 for published in paper.ROADS.values()]
+        spread = math.hypot(before.std, after.std)
+        rows.append((f"{before.label} → {after.label}", f"{changes[0]:+.2f}", f"{spread:.2f}", f"{changes[1]:+.2f}"))
+    return table(("change of top-1 (points)", "ResNet-50", "spread of a difference", "ResNet-200, one run"), rows)
 
 
 def speed_table(models: Mapping[str, nn.Module], resolution: int = 224, batch_size: int = 8, repeats: int = 3) -> Table:

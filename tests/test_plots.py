@@ -153,6 +153,12 @@ def test_step_table_shows_both_regimes_beside_the_paper():
     assert rows[3][3] == "7.23" and rows[3][5] == "80.54"
 
 
+def test_gain_table_goes_from_each_step_to_the_next():
+    rows = plots.gain_table("move_up", "kernel7", "convnext").rows
+    assert rows[0] == ("move up depthwise → kernel 7", "+0.65", "0.16", "+0.26")
+    assert rows[1] == ("kernel 7 → separate downsampling", "+1.40", "0.15", "+1.30")
+
+
 def test_speed_table_times_forward_and_training():
     (row,) = plots.speed_table({"tiny": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())}, 16, 2, repeats=2).rows
     assert row[0] == "tiny" and all(cell.count("img/s") == 1 for cell in row[2:])
