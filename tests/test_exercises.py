@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_min import Block
-from convnext_min.blocks import Bottleneck, ConvNeXtBlock
+from convnext_min import Block, exercises
+from convnext_min.blocks import Bottleneck, ConvNeXtBlock, MovedUpBlock
 from convnext_min.exercises import attempt, expect, same, solved
 
 
@@ -113,3 +113,84 @@ def test_attempt_prints_and_never_raises(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["correct: three", "not solved yet: x: got 4, should be 3", "not solved yet: x: no answer yet"]
     assert lines[3].startswith("not solved yet: ")
+
+
+# Answers that are nearly right. That checks accept the solutions and reject the stubs: test_chapters.
+
+
+class Unpadded(MovedUpBlock):
+    def __init__(self, in_chans, width, stride=1):
+        super().__init__(in_chans, width, stride)
+        self.dwconv = nn.Conv2d(in_chans, in_chans, 3, stride, 1, dilation=3, groups=in_chans, bias=False)
+
+
+def norm_over(dims, unbiased=False, eps_inside=True):
+    def layer_norm(x, weight, bias, eps=1e-6):
+        x = x - x.mean(dims, keepdim=True)
+        variance = x.var(dims, unbiased=unbiased, keepdim=True)
+        scale = (variance + eps).sqrt() if eps_inside else variance.sqrt() + eps**0.5
+        return x / scale * weight[:, None, None] + bias[:, None, None]
+
+    return layer_norm
+
+
+def fold_without_mean(conv, norm):
+    folded = copy.deepcopy(conv)
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    folded.weight.data = conv.weight * factor[:, None, None, None]
+    folded.bias = nn.Parameter(norm.bias.clone())
+    return folded
+
+
+def drop_without_rescaling(x, rate, training):
+    return x * (torch.rand(x.shape[0], *[1] * (x.ndim - 1)) >= rate) if training else x
+
+
+def drop_values(x, rate, training):
+    return nn.functional.dropout(x, rate, training)
+
+
+def drop_batch(x, rate, training):
+    return x * (torch.rand(()) >= rate) / (1 - rate) if training else x
+
+
+def fold_in_place(block):
+    with torch.no_grad():
+        block.pwconv2.weight.mul_(block.gamma[:, None])
+        block.pwconv2.bias.mul_(block.gamma)
+    block.gamma = None
+    return block
+
+
+def fold_weight_alone(block):
+    folded = copy.deepcopy(block)
+    folded.pwconv2.weight.mul_(block.gamma[:, None])
+    folded.gamma = None
+    return folded
+
+
+@pytest.mark.parametrize(
+    "check, answer, message",
+    [
+        ("dilated_block", lambda *args: MovedUpBlock(*args, kernel_size=7), "MACs with stride 1"),
+        ("dilated_block", Unpadded, "shape after dwconv"),
+        ("stack_of_threes", lambda k: (k // 3, k // 3 * 9 / k**2), "layers for kernel size 5"),
+        ("depthwise_macs_of_design", lambda design: 56**2 * design.width * design.kernel_size**2, "which is not right"),
+        ("layer_norm", norm_over((1, 2, 3)), "96 channels .* differs"),
+        ("layer_norm", norm_over(1, unbiased=True), "channels .* differs"),
+        ("layer_norm", norm_over(1, eps_inside=False), "channels .* differs"),
+        ("fold_batch_norm", fold_without_mean, "7x7 convolution computes: differs"),
+        ("fold_batch_norm", nn.Sequential, "one nn.Conv2d, got Sequential"),
+        ("separate_downsampling_macs", lambda design: 0, "resnet50 regime: got 0"),
+        ("drop_path", drop_without_rescaling, "the mean became 0.75"),
+        ("drop_path", drop_values, "dropped in part"),
+        ("drop_path", drop_batch, "of the samples of one batch"),
+        ("convnext_parameters", lambda depths, dims, classes: 28_581_000, "which is not right"),
+        ("folded_layer_scale", fold_in_place, "the block that was given"),
+        ("folded_layer_scale", fold_weight_alone, "what the folded block computes"),
+    ],
+)
+def test_checks_of_chapters_5_to_7_see_what_is_wrong(check, answer, message):
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError, match=message):
+        getattr(exercises, f"check_{check}")(answer)
