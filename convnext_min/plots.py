@@ -473,7 +473,7 @@ class _Pen:
         self.ax, self.lanes = ax, lanes
         self.least, self.most = min(chans), max(chans)
         self.pitch = min(pitch, 2.6) if lanes == 1 else pitch
-        self.font = 9 if lanes == 2 else {3.0: 10, 2.0: 9}.get(pitch, 7.5)
+        self.font = 9 if lanes == 2 else 10 if pitch >= 2 else 7.5
 
     def half(self, chans: int) -> float:
         """Half the width of a box with this many channels."""
