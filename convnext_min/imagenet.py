@@ -12,7 +12,6 @@ import io
 import itertools
 import os
 import random
-import signal
 import sys
 import tarfile
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -206,6 +205,12 @@ def open_source(source: Path | str, split: str) -> Source:
 # ---- From files to batches
 
 
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """The image with so many bits of each channel. At its largest strength timm keeps none, which gives a black image;
+    newer versions of Pillow refuse to."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
 def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.Image], Tensor]:
     """From an image to a normalized tensor (3, resolution, resolution), by timm, as the released code does.
 
@@ -213,7 +218,7 @@ def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.I
     evaluation: the central crop of the image; with eval_crop=1 the whole of it, squeezed into a square.
     """
     if train:
-        return create_transform(
+        made = create_transform(
             resolution,
             is_training=True,
             scale=recipe.crop_scale,
@@ -223,6 +228,11 @@ def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.I
             re_prob=recipe.erasing,
             re_mode="pixel",
         )
+        for step in made.transforms:
+            for operation in getattr(step, "ops", ()):  # of RandAugment
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+        return made
     crop_mode = "squash" if recipe.eval_crop == 1 else "center"
     return create_transform(resolution, crop_pct=recipe.eval_crop, crop_mode=crop_mode, interpolation="bicubic")
 
@@ -280,9 +290,10 @@ class Samples(Dataset):
 
 
 def _begin_worker(number: int) -> None:
-    # Asked to stop, the process in charge finishes its step and saves; it needs its workers until then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, and Slurm, signal a whole process group. The process in charge then finishes its step and saves, for which
+    # it needs its workers, so they get a group of their own; it ends them itself.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     warnings.filterwarnings("ignore", "Corrupt EXIF", UserWarning)  # of no use here, and frequent in ImageNet
 
 

@@ -3,10 +3,12 @@
 import gc
 import io
 import multiprocessing
+import subprocess
 import sys
 import tarfile
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from convnext_min.imagenet import Folder, Names, check, class_map, loader, open_
 RECIPE = replace(
     recipes.get("in1k", model="convnext_tiny"), batch_size=6, base_batch=6, resolution=48, eval_resolution=40
 )
+ROOT = Path(__file__).parents[1]
 WNIDS = ("n01440764", "n02102040")
 
 
@@ -133,6 +136,31 @@ def test_random_erasing_is_the_recipes(root):
     assert whole.min() >= lowest - 1e-4
     noisy = (erased < lowest - 1e-4).flatten(1).any(1).float().mean()
     assert 0.5 < noisy <= 1.0
+
+
+def test_rand_augment_works_at_every_strength_that_it_can_draw():
+    recipe = replace(RECIPE, rand_augment="rand-m10-n6-p1.0-inc1")  # 9 ± 0.5 may be 10, where timm posterizes to 0 bits
+    augment = imagenet.transform(recipe, True, 32)
+    for number in range(40):
+        with imagenet.seeded(number):
+            assert augment(picture(number)).isfinite().all()
+
+
+def test_an_error_in_a_worker_ends_the_process(root):
+    program = f"""
+from tests.test_imagenet import RECIPE
+from convnext_min import imagenet
+
+def fail(image):
+    raise RuntimeError("the transform is wrong")
+
+imagenet.transform = lambda *_: fail
+batches = imagenet.loader({str(root)!r}, "train", RECIPE, True, workers=1)
+for x, y in batches.epoch():
+    pass
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert run.returncode == 1 and "the transform is wrong" in run.stderr
 
 
 # ---- Evaluation
