@@ -5,6 +5,7 @@ it is right. `attempt` runs a check in a notebook without stopping it.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from convnext_min import blocks
 from convnext_min.convnext import Block, ConvNeXt, LayerNorm
+from convnext_min.layer_decay import group_of
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import Recipe
 from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
@@ -327,3 +329,32 @@ def check_folded_layer_scale(answer) -> None:
         expect(block(x), right, "what the block that was given computes afterwards")
         expect(folded(x), right, "what the folded block computes", 1e-4)
     solved("layer scale costs nothing once training is over")
+# 11 The full ImageNet recipe
+
+
+def check_accumulation(answer) -> None:
+    """Exercise 11.1: how many images a process takes at a time, and how often, to make up its share of the batch."""
+    for batch, processes, memory in ((4096, 8, 128), (4096, 8, 100), (4096, 1, 48), (600, 4, 40), (64, 2, 500)):
+        share = batch // processes
+        at_a_time = max(part for part in range(1, min(memory, share) + 1) if share % part == 0)
+        right = (at_a_time, share // at_a_time)
+        expect(answer(batch, processes, memory), right, f"accumulation({batch}, {processes}, {memory})", reveal=False)
+    solved("as few parts as the memory allows, and the batch stays what the recipe says")
+
+
+def check_epochs_to_forget(answer) -> None:
+    """Exercise 11.2: after how many epochs the initial weights have left a constant average."""
+    for decay, steps, share in ((0.9999, 312, 0.01), (0.9999, 147, 0.01), (0.999, 10, 0.5), (0.99, 1000, 0.01)):
+        right = next(epochs for epochs in itertools.count(1) if decay ** (epochs * steps) < share)
+        expect(answer(decay, steps, share), right, f"epochs_to_forget({decay}, {steps}, {share})", reveal=False)
+    solved("half of the paper's run; a run that is shorter needs a faster average")
+
+
+def check_layer_group(answer) -> None:
+    """Exercise 11.3: the group of a block in layer-wise learning-rate decay."""
+    for depths in ((3, 3, 27, 3), (3, 3, 9, 3), (2, 2, 8, 2)):
+        for stage, depth in enumerate(depths):
+            for block in range(depth):
+                right = group_of(f"stages.{stage}.{block}.gamma", depths)
+                expect(answer(stage, block, depths), right, f"layer_group({stage}, {block}, {depths})", reveal=False)
+    solved("12 groups between stem and classifier in the larger models, 6 in ConvNeXt-T")
