@@ -14,7 +14,8 @@ from convnext_min import blocks, build, convnext, exercises
 from convnext_min.exercises import same
 from convnext_min.recipes import Recipe
 
-CHAPTERS = {path.stem: path for path in sorted(Path(__file__).parents[1].glob("notebooks/0[1-7]_*.ipynb"))}
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+CHAPTERS = {path.stem: path for glob in ("0[1-7]_*.ipynb", "11_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
 
 
 def cells(chapter: str, tag: str | None = None) -> list[str]:
