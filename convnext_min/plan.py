@@ -61,8 +61,9 @@ class Plan:
         lines = [f"{each}{times}: {self.recipe.batch_size:,} images a step"]
         lines += [recipes.describe(self.recipe, self.images)]
         if self.recipe.minutes is None:
-            if self.ema_half_life:
-                lines += [f"the average of the weights forgets half in {self.ema_half_life:.2g} epochs"]
+            if half_life := self.ema_half_life:
+                shown = f"{half_life:,.0f}" if half_life >= 10 else f"{half_life:.2g}"
+                lines += [f"the average of the weights forgets half in {shown} epochs"]
             if self.hours is not None:
                 speed = f"{self.images_per_second:,.0f} images a second in each process"
                 lines += [f"{self.hours:,.1f} hours at {speed}, without evaluation"]
