@@ -285,14 +285,14 @@ class Run:
         return value
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy of the network on `x`, mixed and erased as the recipe says."""
+        """Mean cross-entropy of the network on `x`, erased and mixed as the recipe says."""
         x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         y, smoothing = y.to(self.device, non_blocking=True), self.recipe.label_smoothing
+        if self.erase:
+            x = self.erase(x)
         if self.mix:
             x, y = self.mix(x, y)  # y: (B, classes), smoothed
             smoothing = 0.0
-        if self.erase:
-            x = self.erase(x)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.forward(x)
         return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)

@@ -133,7 +133,7 @@ def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) ->
     if smallest // stride < 2:
         found.append(
             f"at {smallest} pixels the last layers see {smallest // stride}×{smallest // stride} positions, and their "
-            f"7×7 kernels little but padding: --set resolution={2 * stride} or more, even if the images are smaller"
+            f"kernels little but padding: --set resolution={2 * stride} or more, even if the images are smaller"
         )
     return found
 

@@ -29,6 +29,7 @@ from convnext_min.data import Batches, ImageSet
 from convnext_min.engine import Run, Setup, autocast_dtype, images_at_a_time, peak_memory, stop_requests
 from convnext_min.finetune import Start, load_start
 from convnext_min.measure import count_parameters
+from convnext_min.plan import plan
 from convnext_min.recipes import Recipe
 
 VARIANTS = {name: build for name, build in vars(convnext).items() if name.startswith("convnext_")}
@@ -141,6 +142,7 @@ def prepare(
     started: float | None = None,
     setup: Setup | None = None,
     start: Start | None = None,
+    rule: Recipe | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[Run, Batches]:
     """The run that `train` would do, at its first step or where `checkpoint` is, and the batches of `val_set`."""
@@ -170,10 +172,9 @@ def prepare(
         checkpoint.replace(checkpoint.with_suffix(".broken"))  # else the next checkpoint would push out a good one
     print(f"{name}, {count_parameters(run.model):,} parameters, {run}")
     print(f"{train_set.source}; {val_set.source}")
-    print(
-        recipes.describe(recipe, train_set.images) + (f"; continuing at step {run.step:,}" if run.step else ""),
-        flush=True,
-    )
+    stride = 16 if "isotropic" in name else 32
+    planned = plan(recipe, train_set.images, distributed.world(), run.micro_batch, rule=rule, stride=stride)
+    print(planned, *[f"continuing at step {run.step:,}"] * (run.step > 0), sep="\n", flush=True)
     return run, val_set
 
 
@@ -189,6 +190,7 @@ def train(
     started: float | None = None,
     setup: Setup | None = None,
     start: Start | None = None,
+    rule: Recipe | None = None,
 ) -> History:
     """Train `model`, a network or a name for `make_model`, and evaluate it on `val_set` as often as the recipe says.
 
@@ -196,7 +198,8 @@ def train(
     the folder `output`, if given. The images are an `ImageSet` or anything that gives batches as `Batches` does. With
     `start`, the weights of a checkpoint are the initial ones. With `resume`, continues from the newest whole
     checkpoint in `output`, if there is one. A recipe's minutes count from `started`, in seconds as `time.time()` gives
-    them; from now, if not given. Seeds PyTorch's, NumPy's and Python's generators.
+    them; from now, if not given. What is known to fail is warned of, such as a learning rate far above that of `rule`,
+    a recipe that works. Seeds PyTorch's, NumPy's and Python's generators.
 
     Raises ValueError for classes that do not fit, FileExistsError if `output` holds a run and `resume` is not set,
     FloatingPointError if the loss stops being a number, and Stopped, after saving, when asked to stop.
@@ -204,7 +207,7 @@ def train(
     checkpoint = checkpoint_in(output, resume)
     setup = setup or Setup()
     saver = records.Saver(checkpoint, setup.keep, *setup.interval)
-    run, val_batches = prepare(model, recipe, train_set, val_set, seed, device, started, setup, start, checkpoint)
+    run, val_batches = prepare(model, recipe, train_set, val_set, seed, device, started, setup, start, rule, checkpoint)
     saver.begin(run)
     reserve = 0.0
     if recipe.minutes is not None:
@@ -403,6 +406,7 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
         "started": psutil.Process().create_time(),
         "setup": Setup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setup)}),
         "start": Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None,
+        "rule": recipes.RECIPES[args.recipe],
     }
     make_model(args.model, recipe, 1)  # what is wrong shows now, not after the images are read
     images_at_a_time(recipe, options["setup"])

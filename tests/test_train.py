@@ -658,3 +658,13 @@ def test_the_classic_recipe_is_sgd_with_momentum_and_its_own_decay(images):
     before = run.model.stem[0].weight.detach().clone()
     run.train_step(*next(run.batches.epoch(0)))
     assert not torch.equal(run.model.stem[0].weight, before)
+
+
+def test_a_run_begins_with_its_plan_and_warns_of_a_rate_far_above_the_recipes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "data")
+    rates = ["--set", "base_batch=1", "batch_size=8", "evaluate_every=0"]
+    train.main(command("--data", "data", "--epochs", "1", "--device", "cpu", "--per-device-batch", "4")[3:] + rates)
+    out = capsys.readouterr().out
+    assert "1 process with 4 images at a time, 2 times accumulated: 8 images a step" in out
+    assert "warning: the learning rate 0.016 is 64 times that of the rule, 0.00025 for 8 images" in out

@@ -1,0 +1,38 @@
+"""The commands on the page about ImageNet are commands that the programs take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from convnext_min import recipes, train
+from convnext_min.plan import plan
+
+PAGE = (Path(__file__).parents[1] / "book" / "imagenet.md").read_text()
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
+
+
+def test_the_page_has_commands_of_every_kind():
+    assert len(TRAINING) >= 7 and any("convnext_min.imagenet check" in line for line in COMMANDS)
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_a_training_command_fits_its_recipe_and_its_processes(line):
+    launcher, _, options = line.partition("convnext_min.train ")
+    args = train.read_arguments(shlex.split(options))
+    recipe = recipes.get(args.recipe, args.set, args.model)
+    processes = 1
+    for option in ("--nnodes", "--nproc-per-node"):
+        if option in launcher:
+            processes *= int(launcher.split(f"{option} ")[1].split()[0])
+    made = plan(recipe, 1_281_167, processes, args.per_device_batch)
+    assert made.recipe == recipe and made.warnings == ()
+
+
+def test_the_plan_on_the_page_is_made(capsys):
+    (line,) = [line for line in COMMANDS if "recipes plan" in line]
+    options = [part for part in shlex.split(line)[3:] if part != "--measure"]
+    recipes.main(options)
+    assert "4,096 images a step" in capsys.readouterr().out
