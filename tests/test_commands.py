@@ -10,7 +10,7 @@ from convnext_min import recipes, train
 from convnext_min.plan import plan
 
 PAGE = (Path(__file__).parents[1] / "book" / "imagenet.md").read_text()
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMMANDS = re.findall(r"^(?:python|torchrun) .*$", PAGE, re.MULTILINE)
 TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
 
 
