@@ -57,7 +57,7 @@ class Names:
 
 
 class Folder:
-    """The images root/<class>/**, in the order of their paths. Raises FileNotFoundError where there are none."""
+    """All images below root/<class>/, in the order of their paths. Raises FileNotFoundError where there are none."""
 
     def __init__(self, root: Path | str):
         self.root = Path(root).expanduser().resolve()
