@@ -329,6 +329,8 @@ def check_folded_layer_scale(answer) -> None:
         expect(block(x), right, "what the block that was given computes afterwards")
         expect(folded(x), right, "what the folded block computes", 1e-4)
     solved("layer scale costs nothing once training is over")
+
+
 # 11 The full ImageNet recipe
 
 
