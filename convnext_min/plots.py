@@ -478,7 +478,7 @@ class _Pen:
     def half(self, chans: int) -> float:
         """Half the width of a box with this many channels."""
         share = math.log(chans / self.least) / math.log(self.most / self.least) if self.most > self.least else 1.0
-        return self.pitch * (0.22 + 0.11 * share if self.lanes == 1 else 0.18 + 0.07 * share)
+        return self.pitch * (0.22 + 0.11 * share if self.lanes == 1 else 0.17 + 0.06 * share)
 
     def text(self, x: float, y: float, text: str, **style) -> None:
         self.ax.text(x, y, text, **{"fontsize": self.font, "color": INK, "va": "center", "ha": "center"} | style)
@@ -517,8 +517,8 @@ class _Pen:
 
     def draw(self, center: float, title: str, diagram: Diagram, edges: Sequence[str]) -> float:
         residual = any(part.shortcut is not None for part in diagram)
-        x = center + self.pitch * (0.22 if self.lanes == 2 else 0.06 if residual else 0.0)
-        side = center - self.pitch * (0.28 if self.lanes == 2 else 0.36)
+        x = center + self.pitch * (0.24 if self.lanes == 2 else 0.06 if residual else 0.0)
+        side = center - self.pitch * (0.25 if self.lanes == 2 else 0.36)
         self.text(center, 0.15, title, fontweight="bold")
         y, edges = 0.3, list(edges)
 

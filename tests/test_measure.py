@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_min import measure, paper
+from convnext_min import build, measure, paper
 from convnext_min.convnext import convnext_atto
 
 
@@ -38,6 +38,22 @@ def test_saved_bytes_by_hand():
     # autograd keeps a ReLU's output and a linear layer's input: here both 4 x 10 floats, and the image's 4 x 12.
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 1))
     assert measure.saved_bytes(model, resolution=2, batch_size=4) == 4 * (4 * 12 + 4 * 10)
+
+
+def test_layer_costs_split_what_the_counter_counts():
+    model = build("depthwise", num_classes=10, width_multiplier=0.25).train()
+    costs = measure.layer_costs(model, 64, batch_size=2, repeats=1)
+    assert sum(cost.macs for cost in costs) == measure.count_macs(model, 64)
+    names = [cost.name for cost in costs]
+    assert names[0] == "stem.0" and names[-1] == "head" and "stages.0.0.shortcut.1" in names
+    assert all(cost.seconds > 0 for cost in costs if isinstance(cost.layer, (nn.Conv2d, nn.BatchNorm2d)))
+    assert model.training and not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_layer_costs_add_up_a_layer_that_is_used_twice():
+    conv = nn.Conv2d(3, 3, 1, bias=False)
+    (cost,) = measure.layer_costs(nn.Sequential(conv, conv), 4, batch_size=5, repeats=2)
+    assert cost.macs == 2 * 3 * 3 * 16
 
 
 def test_throughput_counts_images():
