@@ -76,6 +76,10 @@ WRITTEN = [
     ("07_convnext", "DropPath(0.3)", "convnext.DropPath(0.3)", (32, 3, 4, 4)),
     ("07_convnext", "Block(8, 0.3)", "convnext.Block(8, 0.3)", (4, 8, 14, 14)),
     ("07_convnext", "ConvNeXt()", "convnext.ConvNeXt()", (2, 3, 32, 32)),
+    ("03_resnextify", "DepthwiseBottleneck(32, 8)", "blocks.DepthwiseBottleneck(32, 8)", (2, 32, 8, 8)),
+    ("03_resnextify", "DepthwiseBottleneck(16, 8, 2)", "blocks.DepthwiseBottleneck(16, 8, 2)", (2, 16, 8, 8)),
+    ("04_inverted_bottleneck", "InvertedBottleneck(8, 8)", "blocks.InvertedBottleneck(8, 8)", (2, 8, 8, 8)),
+    ("04_inverted_bottleneck", "InvertedBottleneck(8, 16, 2)", "blocks.InvertedBottleneck(8, 16, 2)", (2, 8, 8, 8)),
 ]
 PACKAGE = {"blocks": blocks, "build": build, "convnext": convnext, "nn": nn, "torchvision": torchvision}
 
