@@ -59,6 +59,10 @@ WRITTEN = [
     ("01_resnet50_and_the_recipe", "DropPath(0.3)", "convnext.DropPath(0.3)", (32, 3, 4, 4)),
     ("02_macro_design", "make_stages((3, 3, 9, 3))[1]", "build('stage_ratio').stages[1]", (2, 256, 8, 8)),
     ("02_macro_design", "patchify_stem(3, 64)", "build('patchify').stem", (2, 3, 16, 16)),
+    ("03_resnextify", "DepthwiseBottleneck(32, 8)", "blocks.DepthwiseBottleneck(32, 8)", (2, 32, 8, 8)),
+    ("03_resnextify", "DepthwiseBottleneck(16, 8, 2)", "blocks.DepthwiseBottleneck(16, 8, 2)", (2, 16, 8, 8)),
+    ("04_inverted_bottleneck", "InvertedBottleneck(8, 8)", "blocks.InvertedBottleneck(8, 8)", (2, 8, 8, 8)),
+    ("04_inverted_bottleneck", "InvertedBottleneck(8, 16, 2)", "blocks.InvertedBottleneck(8, 16, 2)", (2, 8, 8, 8)),
     ("05_large_kernels", "MovedUpBlock(8, 16, 2)", "blocks.MovedUpBlock(8, 16, 2)", (2, 8, 14, 14)),
     (
         "05_large_kernels",
@@ -76,10 +80,6 @@ WRITTEN = [
     ("07_convnext", "DropPath(0.3)", "convnext.DropPath(0.3)", (32, 3, 4, 4)),
     ("07_convnext", "Block(8, 0.3)", "convnext.Block(8, 0.3)", (4, 8, 14, 14)),
     ("07_convnext", "ConvNeXt()", "convnext.ConvNeXt()", (2, 3, 32, 32)),
-    ("03_resnextify", "DepthwiseBottleneck(32, 8)", "blocks.DepthwiseBottleneck(32, 8)", (2, 32, 8, 8)),
-    ("03_resnextify", "DepthwiseBottleneck(16, 8, 2)", "blocks.DepthwiseBottleneck(16, 8, 2)", (2, 16, 8, 8)),
-    ("04_inverted_bottleneck", "InvertedBottleneck(8, 8)", "blocks.InvertedBottleneck(8, 8)", (2, 8, 8, 8)),
-    ("04_inverted_bottleneck", "InvertedBottleneck(8, 16, 2)", "blocks.InvertedBottleneck(8, 16, 2)", (2, 8, 8, 8)),
 ]
 PACKAGE = {"blocks": blocks, "build": build, "convnext": convnext, "nn": nn, "torchvision": torchvision}
 
