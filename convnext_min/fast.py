@@ -2,20 +2,120 @@
 
     model = accelerate(convnext_atto())  # in place; `restore(model)` undoes it
 
-PyTorch computes the weight gradient of a depthwise convolution several times more slowly than its forward pass.
-`accelerate` gives the model's depthwise convolutions another backward pass that does not.
+PyTorch computes the weight gradient of a depthwise convolution several times more slowly than its forward pass, and
+most of the rest of a step, beside the matrix products, is memory traffic: each operation between them reads and writes
+the whole activation. `accelerate` gives depthwise convolutions another backward pass, in any model, and computes a
+ConvNeXt block as one operation, whose parts are single passes over the memory (fast.cpp) where a C++ compiler is there.
 """
 
 import ctypes
+import functools
+import os
 import platform
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from convnext_min import blocks, convnext
 
-class DepthwiseConv(torch.autograd.Function):
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the matrix products: their names in fast.cpp
+PARTS = 32  # of a sum over rows: see fast.cpp
+FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
+
+
+@functools.cache
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The functions of fast.cpp for matrix products in `dtype`, compiled in a second or two; None, and a warning once,
+    without a C++ compiler. CXX names the compiler, "c++" if it is not set.
+
+    Each process compiles for itself, so that processes cannot disturb each other, nor machines that share a home.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(__file__).with_suffix(".cpp"), Path(folder, "fast.so")
+        try:
+            command = [os.environ.get("CXX", "c++"), *FLAGS, f"-DT={TYPES[dtype]}", source, "-o", library]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            warnings.warn(f"training will be slower: fast.cpp was not compiled ({reason})", stacklevel=2)
+            return None
+
+
+def _run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
+    def convert(value):
+        if isinstance(value, Tensor):
+            return ctypes.c_void_p(value.data_ptr())
+        return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+    getattr(kernels(dtype), name)(*map(convert, values))
+
+
+class BlockFunction(Function):
+    """A ConvNeXt block, x (N, C, H, W) in float32 to the same, with matrix products in `dtype`: its passes by hand.
+
+    `keep` (N,) is what stochastic depth multiplies each image's branch by. Weights of the two linear layers are (4C, C)
+    and (C, 4C); `gamma` is (C,). Rows below are the pixels of all images.
+    """
+
+    @staticmethod
+    def forward(ctx, dtype, eps, x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep):
+        n, c, h, w = x.shape
+        rows, sizes = n * h * w, (n * h * w, c)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=c)
+        conv = conv.contiguous(memory_format=torch.channels_last)
+        normed, stats = torch.empty(rows, c, dtype=dtype), torch.empty(rows, 2)
+        _run(dtype, "layer_norm", *sizes, eps, conv, scale, shift, normed, stats)
+        slope = normed @ weight1.t()  # what `bias_gelu` takes; it leaves GELU's derivative there
+        hidden = torch.empty_like(slope)
+        _run(dtype, "bias_gelu", rows, 4 * c, slope, bias1, hidden)
+        branch = hidden @ weight2.t()
+        y = torch.empty_like(x)
+        _run(dtype, "scale_add", *sizes, h * w, x, branch, bias2, gamma, keep, y)
+        ctx.save_for_backward(
+            x, conv, stats, normed, slope, hidden, branch, kernel, scale, weight1, weight2, bias2, gamma, keep
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x, conv, stats, normed, slope, hidden, branch, kernel, scale, weight1, weight2, bias2, gamma, keep) = (
+            ctx.saved_tensors
+        )
+        n, c, h, w = x.shape
+        sizes, dtype = (PARTS, n * h * w, c), branch.dtype
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        d_branch, sums = torch.empty_like(branch), torch.zeros(5, PARTS, c)
+        _run(dtype, "scale_add_back", *sizes, h * w, grad, branch, bias2, gamma, keep, d_branch, sums[0], sums[1])
+        d_weight2 = d_branch.t() @ hidden
+        d_hidden, d_bias1 = d_branch @ weight2, torch.zeros(PARTS, 4 * c)
+        _run(dtype, "bias_gelu_back", PARTS, n * h * w, 4 * c, d_hidden, slope, d_bias1)  # in place
+        d_weight1 = (normed.t() @ d_hidden).t()
+        d_normed = d_hidden @ weight1
+        d_conv = torch.empty_like(conv)
+        _run(dtype, "layer_norm_back", *sizes, d_normed, conv, scale, stats, d_conv, *sums[2:])
+        with torch.autocast("cpu", enabled=False):
+            padding = (kernel.shape[2] // 2, kernel.shape[2] // 2)
+            d_x = depthwise_input_grad(d_conv, kernel, x.shape, (1, 1), padding).add_(grad)
+            d_kernel = depthwise_weight_grad(x, d_conv, kernel.shape, (1, 1), padding)
+        d_bias2, d_gamma, d_scale, d_shift, d_kernel_bias = sums.sum(1)
+        d_bias1 = d_bias1.sum(0)
+        weights = d_weight1.float(), d_bias1, d_weight2.float(), d_bias2
+        return None, None, d_x, d_kernel, d_kernel_bias, d_scale, d_shift, *weights, d_gamma, None
+
+
+class DepthwiseConv(Function):
     """`F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), and fast gradients."""
 
     @staticmethod
@@ -54,13 +154,20 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Te
 
     dw[c, k] = sum over n and o of grad[n, c, o] * x[n, c, o * stride + k - padding] is, for each n and c, a plain
     convolution of one image with one (large) filter; the stride of the forward pass has become a dilation. So the
-    batch is one image of N * C channels and the gradient its N * C filters, and what is left is a sum over n.
+    batch is one image of N * C channels and the gradient its N * C filters, and what is left is a sum over n. With
+    stride 1 there is a loop in fast.cpp, which needs no copy in another layout.
     """
-    n, c = x.shape[:2]
-    image = x.contiguous().view(1, n * c, *x.shape[2:])  # both in NCHW: a copy if they were channels-last
+    (n, c, h, w), (k, l), parts = x.shape, shape[2:], 4
+    same = k == l and k in (3, 5, 7, 9, 11) and padding == (k // 2, k // 2) and stride == (1, 1)
+    if same and x.dtype == grad.dtype == torch.float32 and kernels(torch.float32):
+        x, grad = (part.permute(0, 2, 3, 1).contiguous() for part in (x, grad))
+        sums = torch.zeros(parts, k, k, c)
+        _run(torch.float32, "depthwise_back", k, parts, n, h, w, c, x, grad, sums)
+        return sums.sum(0).permute(2, 0, 1).unsqueeze(1)
+    image = x.contiguous().view(1, n * c, h, w)  # both in NCHW: a copy if they were channels-last
     filters = grad.contiguous().view(n * c, 1, *grad.shape[2:])
     taps = F.conv2d(image, filters, None, 1, padding, dilation=stride, groups=n * c)  # (1, N * C, >= K, >= L)
-    return taps.view(n, c, *taps.shape[2:])[..., : shape[2], : shape[3]].sum(0).unsqueeze(1)
+    return taps.view(n, c, *taps.shape[2:])[..., :k, :l].sum(0).unsqueeze(1)
 
 
 class FastDepthwise(nn.Conv2d):
@@ -77,6 +184,42 @@ class FastDepthwise(nn.Conv2d):
             return DepthwiseConv.apply(x, self.weight, self.bias, self.stride, self.padding)
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products under `x` compute in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class _Fast:
+    """A block computed by `BlockFunction`, where that can compute it, and like the class that comes next elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.dwconv, self.norm, self.pwconv1, self.pwconv2
+        weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        dtype = _autocast_dtype(x)
+        if (
+            any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" for t in (x, *weights))
+            or any(t.dtype != torch.float32 for t in weights)
+            or any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in self.children())
+            or torch.compiler.is_compiling()
+            or dtype not in TYPES
+            or not kernels(dtype)
+        ):
+            return super().forward(x)
+        gamma = getattr(self, "gamma", None)
+        gamma = torch.ones_like(layers[-1].bias) if gamma is None else gamma
+        keep = self.drop_path(torch.ones(len(x), 1))
+        weights[4], weights[6] = weights[4].flatten(1), weights[6].flatten(1)
+        return BlockFunction.apply(dtype, self.norm.eps, x.float(), *weights, gamma, keep)
+
+
+class FastBlock(_Fast, convnext.Block):
+    """`Block`, with 12 tensors and one operation."""
+
+
+class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
+    """The block at the end of the road, whose linear layers are 1x1 convolutions."""
+
+
 def _is_plain_depthwise(module: nn.Module) -> bool:
     return (
         type(module) is nn.Conv2d
@@ -85,6 +228,9 @@ def _is_plain_depthwise(module: nn.Module) -> bool:
         and module.padding_mode == "zeros"
         and isinstance(module.padding, tuple)
     )
+
+
+REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock}
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -98,14 +244,16 @@ def accelerate(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if _is_plain_depthwise(module):
             module.__class__ = FastDepthwise
+        elif type(module) in REPLACED:
+            module.__class__ = REPLACED[type(module)]
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`, in place."""
+    before = {fast: plain for plain, fast in REPLACED.items()} | {FastDepthwise: nn.Conv2d}
     for module in model.modules():
-        if type(module) is FastDepthwise:
-            module.__class__ = nn.Conv2d
+        module.__class__ = before.get(type(module), type(module))
     return model
 
 

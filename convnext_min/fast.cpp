@@ -1,0 +1,207 @@
+// What a ConvNeXt block computes around its two matrix products, each in one pass over the memory. Compiled by fast.py,
+// with -DT=float, or for autocast with -DT=bf16: T is what the matrix products read and write; the rest is float.
+// Arrays are channels-last: rows are pixels, columns the C channels. Sums over rows come in `parts`, each of which one
+// thread fills, and are added in fast.py, so that results do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using i64 = int64_t;
+
+struct bf16 {  // the upper half of a float
+  uint16_t bits;
+  operator float() const {
+    uint32_t whole = uint32_t(bits) << 16;
+    float value;
+    memcpy(&value, &whole, 4);
+    return value;
+  }
+  bf16& operator=(float value) {  // to the nearest
+    uint32_t whole;
+    memcpy(&whole, &value, 4);
+    bits = uint16_t((whole + 0x8000) >> 16);
+    return *this;
+  }
+};
+
+// 2^n times a polynomial, for x <= 0, relative error 1e-7: unlike std::exp, compilers turn it into vector instructions.
+inline float exp_of_negative(float x) {
+  x = std::max(x, -87.f) * 1.44269504f;
+  float n = std::nearbyint(x), r = (x - n) * 0.69314718f, power;
+  int32_t bits = (int32_t(n) + 127) << 23;
+  memcpy(&power, &bits, 4);
+  return power * (1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.04166573f + r * (0.00830952f + r * 0.00139365f))))));
+}
+
+extern "C" {
+
+// y = (x - mean) / std * weight + bias in each row; `stats` keeps mean and 1 / std for the way back.
+void layer_norm(i64 rows, i64 C, float eps, const float* x, const float* weight, const float* bias, T* y, float* stats) {
+#pragma omp parallel for
+  for (i64 r = 0; r < rows; r++) {
+    const float* u = x + r * C;
+    T* v = y + r * C;
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 c = 0; c < C; c++) sum += u[c];
+    const float mean = sum / C;
+#pragma omp simd reduction(+ : squares)
+    for (i64 c = 0; c < C; c++) squares += (u[c] - mean) * (u[c] - mean);
+    const float scale = 1 / std::sqrt(squares / C + eps);
+#pragma omp simd
+    for (i64 c = 0; c < C; c++) v[c] = (u[c] - mean) * scale * weight[c] + bias[c];
+    stats[2 * r] = mean, stats[2 * r + 1] = scale;
+  }
+}
+
+// `dsum` sums dx over the rows: the gradient of the bias of the convolution before.
+void layer_norm_back(i64 parts, i64 rows, i64 C, const T* dy, const float* x, const float* weight, const float* stats,
+                     float* dx, float* dweight, float* dbias, float* dsum) {
+#pragma omp parallel for
+  for (i64 part = 0; part < parts; part++) {
+    float *dw = dweight + part * C, *db = dbias + part * C, *ds = dsum + part * C;
+    for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+      const T* g = dy + r * C;
+      const float *u = x + r * C, mean = stats[2 * r], scale = stats[2 * r + 1];
+      float *d = dx + r * C, sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+      for (i64 c = 0; c < C; c++) {
+        float normal = (u[c] - mean) * scale, branch = g[c] * weight[c];
+        dw[c] += g[c] * normal;
+        db[c] += g[c];
+        sum += branch;
+        dot += branch * normal;
+      }
+      sum /= C, dot /= C;
+#pragma omp simd
+      for (i64 c = 0; c < C; c++) {
+        float value = scale * (g[c] * weight[c] - sum - (u[c] - mean) * scale * dot);
+        ds[c] += value;
+        d[c] = value;
+      }
+    }
+  }
+}
+
+// y = GELU(x + bias); x becomes the derivative, which is all that the way back needs. The formula for the normal
+// distribution (Abramowitz and Stegun 7.1.26, error 1e-7) contains the exponential that the derivative needs too.
+void bias_gelu(i64 rows, i64 C, T* x, const float* bias, T* y) {
+#pragma omp parallel for
+  for (i64 r = 0; r < rows; r++) {
+    T *u = x + r * C, *v = y + r * C;
+#pragma omp simd
+    for (i64 c = 0; c < C; c++) {
+      float s = u[c] + bias[c], z = std::fabs(s) * 0.70710678f, e = exp_of_negative(-z * z), t = 1 / (1 + 0.3275911f * z);
+      float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+      float phi = s < 0 ? 0.5f * p * e : 1 - 0.5f * p * e;
+      v[c] = s * phi;
+      u[c] = phi + s * 0.39894228f * e;
+    }
+  }
+}
+
+void bias_gelu_back(i64 parts, i64 rows, i64 C, T* dy, const T* slope, float* dbias) {  // dy becomes dx
+#pragma omp parallel for
+  for (i64 part = 0; part < parts; part++)
+    for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+      T* g = dy + r * C;
+      const T* s = slope + r * C;
+      float* db = dbias + part * C;
+#pragma omp simd
+      for (i64 c = 0; c < C; c++) {
+        float d = g[c] * s[c];
+        g[c] = d;
+        db[c] += d;
+      }
+    }
+}
+
+// y = shortcut + keep * gamma * (x + bias); stochastic depth's `keep` is one number for each image of `pixels` rows.
+void scale_add(i64 rows, i64 C, i64 pixels, const float* shortcut, const T* x, const float* bias, const float* gamma,
+               const float* keep, float* y) {
+#pragma omp parallel for
+  for (i64 r = 0; r < rows; r++) {
+    const float *s = shortcut + r * C, k = keep[r / pixels];
+    const T* u = x + r * C;
+    float* v = y + r * C;
+#pragma omp simd
+    for (i64 c = 0; c < C; c++) v[c] = s[c] + k * gamma[c] * (u[c] + bias[c]);
+  }
+}
+
+void scale_add_back(i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, const T* x, const float* bias,
+                    const float* gamma, const float* keep, T* dx, float* dbias, float* dgamma) {
+#pragma omp parallel for
+  for (i64 part = 0; part < parts; part++)
+    for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+      const float *g = dy + r * C, k = keep[r / pixels];
+      const T* u = x + r * C;
+      T* d = dx + r * C;
+      float *db = dbias + part * C, *dg = dgamma + part * C;
+#pragma omp simd
+      for (i64 c = 0; c < C; c++) {
+        float branch = k * g[c], value = branch * gamma[c];
+        dg[c] += branch * (u[c] + bias[c]);
+        db[c] += value;
+        d[c] = value;
+      }
+    }
+}
+
+}  // extern "C"
+
+typedef float lanes __attribute__((vector_size(64)));  // sixteen channels, in one register or in several
+struct Pixel {
+  lanes of;
+};
+
+// Sixteen channels from c on of an image (H, W, C), with `top` rows and columns of zeros before it, in rows of `pitch`.
+void copy_in(const float* from, i64 H, i64 W, i64 C, i64 c, i64 top, i64 pitch, Pixel* to) {
+  for (i64 y = 0; y < H; y++)
+    for (i64 x = 0; x < W; x++) {
+      const float* pixel = from + (y * W + x) * C + c;
+      Pixel* place = to + (y + top) * pitch + x + top;
+      if (C - c >= 16) memcpy(place, pixel, 64);  // a constant size is one instruction
+      else memcpy(place, pixel, 4 * (C - c));
+    }
+}
+
+const i64 TILE = 4;  // neighbouring pixels that share what is in registers
+
+// dw[ky][kx][c] = sum over n, y, x of dy[n][y][x][c] * in[n][y + ky - K / 2][x + kx - K / 2][c].
+template <int K>
+void depthwise_back_of(i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy, float* dw) {
+  const i64 P = K / 2, pitch = W + 2 * P + TILE, wide = W + TILE;
+#pragma omp parallel
+  {
+    std::vector<Pixel> image((H + 2 * P) * pitch), grad(H * wide);
+#pragma omp for collapse(2)
+    for (i64 part = 0; part < parts; part++)
+      for (i64 c = 0; c < C; c += 16)
+        for (i64 n = part; n < N; n += parts) {
+          copy_in(in + n * H * W * C, H, W, C, c, P, pitch, image.data());
+          copy_in(dy + n * H * W * C, H, W, C, c, 0, wide, grad.data());
+          for (i64 ky = 0; ky < K; ky++) {
+            lanes sum[K] = {};
+            for (i64 y = 0; y < H; y++)
+              for (i64 x = 0; x < W; x += TILE) {
+                const Pixel *row = &image[(y + ky) * pitch + x], *g = &grad[y * wide + x];
+#pragma GCC unroll 16
+                for (i64 i = 0; i < TILE; i++)
+#pragma GCC unroll 16
+                  for (i64 kx = 0; kx < K; kx++) sum[kx] += g[i].of * row[i + kx].of;
+              }
+            for (i64 kx = 0; kx < K; kx++)
+              for (i64 i = 0; i < std::min<i64>(16, C - c); i++) dw[((part * K + ky) * K + kx) * C + c + i] += sum[kx][i];
+          }
+        }
+  }
+}
+
+extern "C" void depthwise_back(i64 K, i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy, float* dw) {
+  auto of = K == 3 ? depthwise_back_of<3> : K == 5 ? depthwise_back_of<5> : K == 7 ? depthwise_back_of<7>
+            : K == 9 ? depthwise_back_of<9> : depthwise_back_of<11>;
+  of(parts, N, H, W, C, in, dy, dw);
+}
