@@ -27,7 +27,7 @@ from convnext_min import blocks, convnext
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the matrix products: their names in fast.cpp
 PARTS = 32  # of a sum over rows: see fast.cpp
-FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
 @functools.cache
@@ -115,6 +115,28 @@ class BlockFunction(Function):
         return None, None, d_x, d_kernel, d_kernel_bias, d_scale, d_shift, *weights, d_gamma, None
 
 
+class NormFunction(Function):
+    """LayerNorm over the last axis of x (..., C), in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        rows, c = x.numel() // len(weight), len(weight)
+        x = x.contiguous()
+        y, stats = torch.empty_like(x), torch.empty(rows, 2)
+        _run(torch.float32, "layer_norm", rows, c, eps, x, weight, bias, y, stats)
+        ctx.save_for_backward(x, weight, stats)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, stats = ctx.saved_tensors
+        d_x, sums = torch.empty_like(x), torch.zeros(3, PARTS, len(weight))
+        sizes = PARTS, len(stats), len(weight)
+        _run(torch.float32, "layer_norm_back", *sizes, grad.contiguous(), x, weight, stats, d_x, *sums)
+        return d_x, *sums[:2].sum(1), None
+
+
 class DepthwiseConv(Function):
     """`F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), and fast gradients."""
 
@@ -157,8 +179,8 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Te
     batch is one image of N * C channels and the gradient its N * C filters, and what is left is a sum over n. With
     stride 1 there is a loop in fast.cpp, which needs no copy in another layout.
     """
-    (n, c, h, w), (k, l), parts = x.shape, shape[2:], 4
-    same = k == l and k in (3, 5, 7, 9, 11) and padding == (k // 2, k // 2) and stride == (1, 1)
+    (n, c, h, w), (k, across), parts = x.shape, shape[2:], 4
+    same = k == across and k in (3, 5, 7, 9, 11) and padding == (k // 2, k // 2) and stride == (1, 1)
     if same and x.dtype == grad.dtype == torch.float32 and kernels(torch.float32):
         x, grad = (part.permute(0, 2, 3, 1).contiguous() for part in (x, grad))
         sums = torch.zeros(parts, k, k, c)
@@ -167,7 +189,7 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Te
     image = x.contiguous().view(1, n * c, h, w)  # both in NCHW: a copy if they were channels-last
     filters = grad.contiguous().view(n * c, 1, *grad.shape[2:])
     taps = F.conv2d(image, filters, None, 1, padding, dilation=stride, groups=n * c)  # (1, N * C, >= K, >= L)
-    return taps.view(n, c, *taps.shape[2:])[..., :k, :l].sum(0).unsqueeze(1)
+    return taps.view(n, c, *taps.shape[2:])[..., :k, :across].sum(0).unsqueeze(1)
 
 
 class FastDepthwise(nn.Conv2d):
@@ -189,6 +211,17 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
+def _able(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
+    """Whether fast.cpp can compute with these: plain tensors, nothing traced, and float32 but for `x`."""
+    return (
+        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
+        and all(t.dtype == torch.float32 for t in weights)
+        and not torch.compiler.is_compiling()
+        and dtype in TYPES
+        and kernels(dtype) is not None
+    )
+
+
 class _Fast:
     """A block computed by `BlockFunction`, where that can compute it, and like the class that comes next elsewhere."""
 
@@ -196,14 +229,8 @@ class _Fast:
         layers = self.dwconv, self.norm, self.pwconv1, self.pwconv2
         weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         dtype = _autocast_dtype(x)
-        if (
-            any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" for t in (x, *weights))
-            or any(t.dtype != torch.float32 for t in weights)
-            or any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in self.children())
-            or torch.compiler.is_compiling()
-            or dtype not in TYPES
-            or not kernels(dtype)
-        ):
+        watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.children())
+        if watched or not _able(dtype, x, *weights):
             return super().forward(x)
         gamma = getattr(self, "gamma", None)
         gamma = torch.ones_like(layers[-1].bias) if gamma is None else gamma
@@ -213,11 +240,45 @@ class _Fast:
 
 
 class FastBlock(_Fast, convnext.Block):
-    """`Block`, with 12 tensors and one operation."""
+    """`Block` as one operation."""
 
 
 class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
     """The block at the end of the road, whose linear layers are 1x1 convolutions."""
+
+
+class FastNorm(convnext.LayerNorm):
+    """LayerNorm of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _able(torch.float32, x, self.weight, self.bias):
+            return super().forward(x)
+        y = NormFunction.apply(x.float().permute(0, 2, 3, 1), self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
+
+
+class FastPatchify(nn.Conv2d):
+    """A convolution whose patches do not overlap, as the matrix product that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = _autocast_dtype(x)
+        if not _able(dtype, x, self.weight, self.bias):
+            return super().forward(x)
+        (k, across), (h, w) = self.kernel_size, x.shape[2:]
+        x = x[..., : h // k * k, : w // across * across].to(dtype)  # what does not fill a patch is left out, as always
+        x = x.permute(0, 2, 3, 1).unflatten(1, (-1, k)).unflatten(3, (-1, across)).transpose(2, 3).flatten(3)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _is_patchify(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride
+        and module.groups == 1
+        and module.bias is not None
+        and module.padding in ((0, 0), "valid")
+        and module.dilation == (1, 1)
+    )
 
 
 def _is_plain_depthwise(module: nn.Module) -> bool:
@@ -230,7 +291,8 @@ def _is_plain_depthwise(module: nn.Module) -> bool:
     )
 
 
-REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock}
+# What each class becomes; two kinds of `nn.Conv2d` have conditions of their own.
+REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock, convnext.LayerNorm: FastNorm}
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -244,6 +306,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if _is_plain_depthwise(module):
             module.__class__ = FastDepthwise
+        elif _is_patchify(module):
+            module.__class__ = FastPatchify
         elif type(module) in REPLACED:
             module.__class__ = REPLACED[type(module)]
     return model
@@ -251,7 +315,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`, in place."""
-    before = {fast: plain for plain, fast in REPLACED.items()} | {FastDepthwise: nn.Conv2d}
+    before = {fast: plain for plain, fast in REPLACED.items()} | {FastDepthwise: nn.Conv2d, FastPatchify: nn.Conv2d}
     for module in model.modules():
         module.__class__ = before.get(type(module), type(module))
     return model

@@ -11,6 +11,7 @@ from torch import nn
 
 from convnext_min import fast
 from convnext_min.convnext import convnext_atto
+from convnext_min.roadmap import build
 
 
 def gradients(module, x):
@@ -39,7 +40,7 @@ def test_gradients_equal_autograds(kernel, stride, shape):
 
 
 @pytest.mark.parametrize(
-    "build",
+    "make",
     [
         lambda: convnext_atto(num_classes=3, layer_scale_init_value=1.0),
         lambda: timm.create_model("convnext_atto", num_classes=3),
@@ -47,9 +48,9 @@ def test_gradients_equal_autograds(kernel, stride, shape):
     ],
     ids=["ours", "timm", "mobilenet"],
 )
-def test_models_of_any_library_compute_what_they_did(build):
+def test_models_of_any_library_compute_what_they_did(make):
     torch.manual_seed(0)
-    model = build().eval()
+    model = make().eval()
     x, before = torch.randn(2, 3, 64, 64), {key: value.clone() for key, value in model.state_dict().items()}
     right = gradients(model, x)
     assert fast.accelerate(model) is model
@@ -59,13 +60,13 @@ def test_models_of_any_library_compute_what_they_did(build):
     assert list(before) == list(model.state_dict())
 
 
-def test_only_depthwise_convolutions_are_replaced_and_restore_brings_them_back():
-    model = convnext_atto(num_classes=3)
-    kinds = [type(module) for module in model.modules()]
-    fast.accelerate(model)
-    changed = [m for m, kind in zip(model.modules(), kinds) if type(m) is not kind]
-    assert len(changed) == 12 and all(module.groups == module.in_channels for module in changed)
-    assert [type(module) for module in fast.restore(model).modules()] == kinds
+def test_restore_brings_every_class_back():
+    for model in (convnext_atto(num_classes=3), build("convnext", width_multiplier=0.1), build("kernel5")):
+        kinds = [type(module) for module in model.modules()]
+        fast.accelerate(model)
+        changed = {type(m) for m, kind in zip(model.modules(), kinds) if type(m) is not kind}
+        assert changed and all(kind.__module__ == "convnext_min.fast" for kind in changed)
+        assert [type(module) for module in fast.restore(model).modules()] == kinds
 
 
 def test_copies_and_pickles_work():
