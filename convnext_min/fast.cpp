@@ -28,17 +28,20 @@ struct bf16 {  // the upper half of a float
 
 // 2^n times a polynomial, for x <= 0, relative error 1e-7: unlike std::exp, compilers turn it into vector instructions.
 inline float exp_of_negative(float x) {
-  x = std::max(x, -87.f) * 1.44269504f;
-  float n = std::nearbyint(x), r = (x - n) * 0.69314718f, power;
-  int32_t bits = (int32_t(n) + 127) << 23;
+  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: the sum is rounded to an integer
+  float power = 1 + f * (0.69314697f + f * (0.24022120f + f * (0.05550713f + f * (0.00967554f + f * 0.00132765f))));
+  int32_t bits, n;
+  memcpy(&bits, &power, 4), memcpy(&n, &shifted, 4);
+  bits += n << 23;
   memcpy(&power, &bits, 4);
-  return power * (1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.04166573f + r * (0.00830952f + r * 0.00139365f))))));
+  return power;
 }
 
 extern "C" {
 
 // y = (x - mean) / std * weight + bias in each row; `stats` keeps mean and 1 / std for the way back.
 void layer_norm(i64 rows, i64 C, float eps, const float* x, const float* weight, const float* bias, T* y, float* stats) {
+  const float inverse = 1.f / C;
 #pragma omp parallel for
   for (i64 r = 0; r < rows; r++) {
     const float* u = x + r * C;
@@ -46,10 +49,10 @@ void layer_norm(i64 rows, i64 C, float eps, const float* x, const float* weight,
     float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
     for (i64 c = 0; c < C; c++) sum += u[c];
-    const float mean = sum / C;
+    const float mean = sum * inverse;
 #pragma omp simd reduction(+ : squares)
     for (i64 c = 0; c < C; c++) squares += (u[c] - mean) * (u[c] - mean);
-    const float scale = 1 / std::sqrt(squares / C + eps);
+    const float scale = 1 / std::sqrt(squares * inverse + eps);
 #pragma omp simd
     for (i64 c = 0; c < C; c++) v[c] = (u[c] - mean) * scale * weight[c] + bias[c];
     stats[2 * r] = mean, stats[2 * r + 1] = scale;
@@ -59,6 +62,7 @@ void layer_norm(i64 rows, i64 C, float eps, const float* x, const float* weight,
 // `dsum` sums dx over the rows: the gradient of the bias of the convolution before.
 void layer_norm_back(i64 parts, i64 rows, i64 C, const T* dy, const float* x, const float* weight, const float* stats,
                      float* dx, float* dweight, float* dbias, float* dsum) {
+  const float inverse = 1.f / C;
 #pragma omp parallel for
   for (i64 part = 0; part < parts; part++) {
     float *dw = dweight + part * C, *db = dbias + part * C, *ds = dsum + part * C;
@@ -66,7 +70,7 @@ void layer_norm_back(i64 parts, i64 rows, i64 C, const T* dy, const float* x, co
       const T* g = dy + r * C;
       const float *u = x + r * C, mean = stats[2 * r], scale = stats[2 * r + 1];
       float *d = dx + r * C, sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
+#pragma omp simd simdlen(16) reduction(+ : sum, dot)
       for (i64 c = 0; c < C; c++) {
         float normal = (u[c] - mean) * scale, branch = g[c] * weight[c];
         dw[c] += g[c] * normal;
@@ -74,8 +78,8 @@ void layer_norm_back(i64 parts, i64 rows, i64 C, const T* dy, const float* x, co
         sum += branch;
         dot += branch * normal;
       }
-      sum /= C, dot /= C;
-#pragma omp simd
+      sum *= inverse, dot *= inverse;
+#pragma omp simd simdlen(16)
       for (i64 c = 0; c < C; c++) {
         float value = scale * (g[c] * weight[c] - sum - (u[c] - mean) * scale * dot);
         ds[c] += value;
@@ -93,9 +97,9 @@ void bias_gelu(i64 rows, i64 C, T* x, const float* bias, T* y) {
     T *u = x + r * C, *v = y + r * C;
 #pragma omp simd
     for (i64 c = 0; c < C; c++) {
-      float s = u[c] + bias[c], z = std::fabs(s) * 0.70710678f, e = exp_of_negative(-z * z), t = 1 / (1 + 0.3275911f * z);
-      float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-      float phi = s < 0 ? 0.5f * p * e : 1 - 0.5f * p * e;
+      const float s = u[c] + bias[c], e = exp_of_negative(std::min(s * s, 170.f) * -0.72134752f), t = 1 / (1 + 0.23164190f * std::fabs(s));
+      const float tail = e * t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702715f))));
+      const float phi = s < 0 ? tail : 1 - tail;
       v[c] = s * phi;
       u[c] = phi + s * 0.39894228f * e;
     }
@@ -140,7 +144,7 @@ void scale_add_back(i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, con
       const T* u = x + r * C;
       T* d = dx + r * C;
       float *db = dbias + part * C, *dg = dgamma + part * C;
-#pragma omp simd
+#pragma omp simd simdlen(16)
       for (i64 c = 0; c < C; c++) {
         float branch = k * g[c], value = branch * gamma[c];
         dg[c] += branch * (u[c] + bias[c]);

@@ -101,7 +101,7 @@ class BlockFunction(Function):
         d_weight2 = d_branch.t() @ hidden
         d_hidden, d_bias1 = d_branch @ weight2, torch.zeros(PARTS, 4 * c)
         _run(dtype, "bias_gelu_back", PARTS, n * h * w, 4 * c, d_hidden, slope, d_bias1)  # in place
-        d_weight1 = (normed.t() @ d_hidden).t()
+        d_weight1 = d_hidden.t() @ normed
         d_normed = d_hidden @ weight1
         d_conv = torch.empty_like(conv)
         _run(dtype, "layer_norm_back", *sizes, d_normed, conv, scale, stats, d_conv, *sums[2:])
