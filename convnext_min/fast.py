@@ -199,7 +199,7 @@ class FastDepthwise(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             x = x.to(self.weight.dtype, memory_format=torch.channels_last)
@@ -212,30 +212,39 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def _able(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
-    """Whether fast.cpp can compute with these: plain tensors, nothing traced, and float32 but for `x`."""
+    """Whether fast.cpp can and should compute: in training, with plain tensors of known types, nothing traced."""
     return (
-        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
+        torch.is_grad_enabled()
+        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
         and all(t.dtype == torch.float32 for t in weights)
-        and not torch.compiler.is_compiling()
         and dtype in TYPES
+        and x.dtype in TYPES
+        and x.ndim == 4
+        and not torch.compiler.is_compiling()
         and kernels(dtype) is not None
     )
 
 
 class _Fast:
-    """A block computed by `BlockFunction`, where that can compute it, and like the class that comes next elsewhere."""
+    """A block computed by `BlockFunction` where that can compute it; elsewhere by the class that comes next.
+
+    It cannot where somebody listens to a part of the block, or has put another layer in the place of one.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = self.dwconv, self.norm, self.pwconv1, self.pwconv2
-        weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        dtype = _autocast_dtype(x)
-        watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.children())
-        if watched or not _able(dtype, x, *weights):
+        dtype, parts = _autocast_dtype(x), (self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2)
+        known = all(type(part) in PARTS_OF_BLOCK for part in parts) and self.act.approximate == "none"
+        if not known or any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
+            return super().forward(x)
+        weights = [tensor for part in parts if part is not self.act for tensor in (part.weight, part.bias)]
+        size = self.dwconv.kernel_size[0]
+        centred = self.dwconv.kernel_size == (size, size) and self.dwconv.padding == (size // 2, size // 2) and size % 2
+        if not (centred and self.dwconv.stride == (1, 1) and _able(dtype, x, *weights)):
             return super().forward(x)
         gamma = getattr(self, "gamma", None)
-        gamma = torch.ones_like(layers[-1].bias) if gamma is None else gamma
+        gamma = torch.ones_like(weights[-1]) if gamma is None else gamma
         keep = self.drop_path(torch.ones(len(x), 1))
-        weights[4], weights[6] = weights[4].flatten(1), weights[6].flatten(1)
+        weights[4], weights[6] = weights[4].flatten(1), weights[6].flatten(1)  # a 1x1 convolution's has four axes
         return BlockFunction.apply(dtype, self.norm.eps, x.float(), *weights, gamma, keep)
 
 
@@ -262,11 +271,14 @@ class FastPatchify(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _autocast_dtype(x)
-        if not _able(dtype, x, self.weight, self.bias):
+        if not _able(dtype, x, self.weight, self.bias) or x.shape[1] != self.in_channels:
             return super().forward(x)
-        (k, across), (h, w) = self.kernel_size, x.shape[2:]
-        x = x[..., : h // k * k, : w // across * across].to(dtype)  # what does not fill a patch is left out, as always
-        x = x.permute(0, 2, 3, 1).unflatten(1, (-1, k)).unflatten(3, (-1, across)).transpose(2, 3).flatten(3)
+        down, across = self.kernel_size
+        rows, columns = x.shape[2] // down, x.shape[3] // across
+        if rows == 0 or columns == 0:
+            return super().forward(x)  # which says what is wrong
+        x = x[..., : rows * down, : columns * across].to(dtype)  # what does not fill a patch is left out, as always
+        x = x.permute(0, 2, 3, 1).unflatten(1, (rows, down)).unflatten(3, (columns, across)).transpose(2, 3).flatten(3)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
@@ -291,6 +303,7 @@ def _is_plain_depthwise(module: nn.Module) -> bool:
     )
 
 
+PARTS_OF_BLOCK = (FastDepthwise, nn.LayerNorm, FastNorm, nn.Linear, nn.Conv2d, nn.GELU)
 # What each class becomes; two kinds of `nn.Conv2d` have conditions of their own.
 REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock, convnext.LayerNorm: FastNorm}
 
@@ -298,9 +311,10 @@ REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock, conv
 def accelerate(model: nn.Module) -> nn.Module:
     """Make `model` train faster on a CPU, in place, and return it: parameters, state dict and function stay.
 
-    Every plain depthwise convolution is replaced, in any model: those here, timm's, torchvision's. Only the class of
-    the modules changes, so hooks, optimizers, copies and pickles go on working. On another device than the CPU the
-    modules compute what they did before.
+    Every plain depthwise convolution and patchify convolution is replaced, in any model: those here, timm's,
+    torchvision's; of ours also the blocks and norms. Only the class of the modules changes, so hooks, optimizers,
+    copies and pickles go on working. Without gradients (inference), on another device than the CPU, in float64, under
+    torch.compile and without a C++ compiler the modules compute what they did before.
     """
     keep_freed_memory()
     for module in model.modules():

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -10,7 +12,8 @@ import torchvision
 from torch import nn
 
 from convnext_min import fast
-from convnext_min.convnext import convnext_atto
+from convnext_min.blocks import ConvNeXtBlock
+from convnext_min.convnext import Block, LayerNorm, convnext_atto
 from convnext_min.roadmap import build
 
 
@@ -84,3 +87,118 @@ def test_under_autocast_the_gradients_stay_close():
     with torch.autocast("cpu", torch.bfloat16):
         got = gradients(fast.accelerate(conv), x)
     assert_same([part.float() for part in got], right, tolerance=0.02)
+
+
+def spread(module):
+    """Weights at which every gradient matters."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    return module
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels-last"])
+@pytest.mark.parametrize("shape", [(1, 24, 4, 4), (3, 40, 13, 9)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dim: Block(dim, layer_scale_init_value=1.0),
+        lambda dim: Block(dim, layer_scale_init_value=0.0),
+        lambda dim: Block(dim, drop_path=0.5, layer_scale_init_value=1.0),
+        *(lambda dim, k=k: ConvNeXtBlock(dim, dim, kernel_size=k) for k in (3, 5, 9, 11, 13)),
+        lambda dim: LayerNorm(dim),
+        lambda dim: nn.Conv2d(dim, 16, 2, 2),
+        lambda dim: nn.Conv2d(dim, 16, (4, 3), (4, 3)),
+    ],
+    ids=["scaled", "unscaled", "dropped", "3", "5", "9", "11", "13", "norm", "patches", "oblong"],
+)
+def test_gradients_of_blocks_and_their_surroundings_equal_autograds(make, shape, layout):
+    module, x = spread(make(shape[1])), torch.randn(shape).to(memory_format=layout)
+    torch.manual_seed(1)
+    right = gradients(module, x)
+    plain = type(module)
+    torch.manual_seed(1)  # stochastic depth drops the same images
+    got = gradients(fast.accelerate(module), x)
+    assert type(module) is not plain
+    assert_same(got, right)
+    torch.manual_seed(1)
+    again = gradients(fast.restore(module), x)
+    assert all(torch.equal(a, b) for a, b in zip(again, right))
+
+
+def test_in_bfloat16_the_error_is_no_larger_than_the_plain_models():
+    model = spread(Block(40, layer_scale_init_value=1.0))
+    x = torch.randn(4, 40, 12, 12)
+    right = gradients(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, got = gradients(model, x), gradients(fast.accelerate(model), x)
+    ratios = [
+        ((ours - exact).norm() / (theirs - exact).norm()).item() for exact, theirs, ours in zip(right, plain, got)
+    ]
+    assert max(ratios) < 2 and sum(ratios) < len(ratios)  # each is a matter of chance, the mean hardly
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    fast.kernels.cache_clear()
+    yield
+    fast.kernels.cache_clear()
+
+
+def test_without_a_compiler_it_says_so_once_and_computes_the_same(no_compiler, recwarn):
+    model, x = spread(convnext_atto(num_classes=3, dims=(8, 8, 8, 8))), torch.randn(2, 3, 64, 64)
+    right = gradients(model, x)
+    fast.accelerate(model)
+    assert_same(gradients(model, x), right, 1e-4)
+    gradients(model, x)
+    said = [warning for warning in recwarn if "fast.cpp was not compiled" in str(warning.message)]
+    assert len(said) == 1 and "no-such-compiler" in str(said[0].message)
+
+
+def test_what_the_kernels_cannot_compute_is_computed_as_before():
+    block = spread(Block(8, layer_scale_init_value=1.0))
+    x = torch.randn(2, 8, 6, 6)
+    double = copy.deepcopy(block).double()
+    right = gradients(double, x.double())
+    assert_same(gradients(fast.accelerate(double), x.double()), right, 1e-12)
+    assert fast.accelerate(copy.deepcopy(block)).to("meta")(x.to("meta")).shape == x.shape
+    relu = copy.deepcopy(block)
+    relu.act = nn.ReLU()
+    right = gradients(relu, x)
+    assert_same(gradients(fast.accelerate(relu), x), right)
+    heard = []
+    fast.accelerate(block).pwconv1.register_forward_hook(lambda *args: heard.append(args))
+    block(x)
+    assert heard
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        fast.accelerate(nn.Conv2d(3, 8, 4, 4))(torch.randn(1, 3, 3, 3))
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4"):
+        fast.accelerate(nn.Conv2d(3, 8, 4, 4))(torch.randn(1, 4, 8, 8))
+
+
+def test_inference_is_that_of_the_plain_model():
+    model, x = spread(convnext_atto(num_classes=3)).eval(), torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        right = model(x)
+        assert torch.equal(fast.accelerate(model)(x), right)
+
+
+def test_torch_compile_sees_the_plain_model():
+    model = fast.accelerate(Block(8, layer_scale_init_value=1.0))
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.allclose(torch.compile(model, backend="eager")(x), model(x), atol=1e-6)
+
+
+def test_averages_of_the_weights_go_on_working():
+    model = fast.accelerate(convnext_atto(num_classes=3))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    gradients(model, torch.randn(1, 3, 64, 64))
+    average.update_parameters(model)
+    assert torch.equal(average(x := torch.randn(1, 3, 64, 64)), model(x))
+
+
+def test_processes_that_start_together_do_not_disturb_each_other():
+    code = "import torch; from convnext_min import fast; assert fast.kernels(torch.float32)"
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
