@@ -26,8 +26,9 @@ struct bf16 {  // the upper half of a float
   }
 };
 
-// 2^n times a polynomial, for x <= 0, relative error 1e-7: unlike std::exp, compilers turn it into vector instructions.
-inline float exp_of_negative(float x) {
+// 2^x for -126 < x < 126, relative error 1e-7: 2^n, as the exponent's bits, times a polynomial in what is left of x.
+// Unlike std::exp2, compilers turn it into vector instructions.
+inline float power_of_two(float x) {
   const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: the sum is rounded to an integer
   float power = 1 + f * (0.69314697f + f * (0.24022120f + f * (0.05550713f + f * (0.00967554f + f * 0.00132765f))));
   int32_t bits, n;
@@ -39,8 +40,8 @@ inline float exp_of_negative(float x) {
 
 extern "C" {
 
-// y = (x - mean) / std * weight + bias in each row; `stats` keeps mean and 1 / std for the way back.
-void layer_norm(i64 rows, i64 C, float eps, const float* x, const float* weight, const float* bias, T* y, float* stats) {
+// LayerNorm without its weight and bias: y = (x - mean) / std in each row; `scale` keeps 1 / std for the way back.
+void normalize(i64 rows, i64 C, float eps, const float* x, T* y, float* scale) {
   const float inverse = 1.f / C;
 #pragma omp parallel for
   for (i64 r = 0; r < rows; r++) {
@@ -52,41 +53,30 @@ void layer_norm(i64 rows, i64 C, float eps, const float* x, const float* weight,
     const float mean = sum * inverse;
 #pragma omp simd reduction(+ : squares)
     for (i64 c = 0; c < C; c++) squares += (u[c] - mean) * (u[c] - mean);
-    const float scale = 1 / std::sqrt(squares * inverse + eps);
-#pragma omp simd
-    for (i64 c = 0; c < C; c++) v[c] = (u[c] - mean) * scale * weight[c] + bias[c];
-    stats[2 * r] = mean, stats[2 * r + 1] = scale;
+    const float factor = scale[r] = 1 / std::sqrt(squares * inverse + eps);
+#pragma omp simd simdlen(16)
+    for (i64 c = 0; c < C; c++) v[c] = (u[c] - mean) * factor;
   }
 }
 
-// `dsum` sums dx over the rows: the gradient of the bias of the convolution before.
-void layer_norm_back(i64 parts, i64 rows, i64 C, const T* dy, const float* x, const float* weight, const float* stats,
-                     float* dx, float* dweight, float* dbias, float* dsum) {
+// `sums` adds dx over the rows: the gradient of the bias of the convolution before.
+void normalize_back(i64 parts, i64 rows, i64 C, const T* dy, const T* y, const float* scale, float* dx, float* sums) {
   const float inverse = 1.f / C;
 #pragma omp parallel for
-  for (i64 part = 0; part < parts; part++) {
-    float *dw = dweight + part * C, *db = dbias + part * C, *ds = dsum + part * C;
+  for (i64 part = 0; part < parts; part++)
     for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
-      const T* g = dy + r * C;
-      const float *u = x + r * C, mean = stats[2 * r], scale = stats[2 * r + 1];
-      float *d = dx + r * C, sum = 0, dot = 0;
+      const T *g = dy + r * C, *v = y + r * C;
+      float *d = dx + r * C, *total = sums + part * C, sum = 0, dot = 0;
 #pragma omp simd simdlen(16) reduction(+ : sum, dot)
-      for (i64 c = 0; c < C; c++) {
-        float normal = (u[c] - mean) * scale, branch = g[c] * weight[c];
-        dw[c] += g[c] * normal;
-        db[c] += g[c];
-        sum += branch;
-        dot += branch * normal;
-      }
+      for (i64 c = 0; c < C; c++) sum += g[c], dot += g[c] * v[c];
       sum *= inverse, dot *= inverse;
 #pragma omp simd simdlen(16)
       for (i64 c = 0; c < C; c++) {
-        float value = scale * (g[c] * weight[c] - sum - (u[c] - mean) * scale * dot);
-        ds[c] += value;
+        float value = scale[r] * (g[c] - sum - v[c] * dot);
+        total[c] += value;
         d[c] = value;
       }
     }
-  }
 }
 
 // y = GELU(x + bias); x becomes the derivative, which is all that the way back needs. The formula for the normal
@@ -97,8 +87,10 @@ void bias_gelu(i64 rows, i64 C, T* x, const float* bias, T* y) {
     T *u = x + r * C, *v = y + r * C;
 #pragma omp simd
     for (i64 c = 0; c < C; c++) {
-      const float s = u[c] + bias[c], e = exp_of_negative(std::min(s * s, 170.f) * -0.72134752f), t = 1 / (1 + 0.23164190f * std::fabs(s));
-      const float tail = e * t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702715f))));
+      const float s = u[c] + bias[c], e = power_of_two(std::min(s * s, 170.f) * -0.72134752f);
+      const float t = 1 / (1 + 0.23164190f * std::fabs(s));
+      const float high = 0.710706871f + t * (-0.726576014f + t * 0.530702715f);
+      const float tail = e * t * (0.127414796f + t * (-0.142248368f + t * high));  // the distribution at -|s|
       const float phi = s < 0 ? tail : 1 - tail;
       v[c] = s * phi;
       u[c] = phi + s * 0.39894228f * e;
@@ -198,13 +190,15 @@ void depthwise_back_of(i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, c
                   for (i64 kx = 0; kx < K; kx++) sum[kx] += g[i].of * row[i + kx].of;
               }
             for (i64 kx = 0; kx < K; kx++)
-              for (i64 i = 0; i < std::min<i64>(16, C - c); i++) dw[((part * K + ky) * K + kx) * C + c + i] += sum[kx][i];
+              for (i64 i = 0; i < std::min<i64>(16, C - c); i++)
+                dw[((part * K + ky) * K + kx) * C + c + i] += sum[kx][i];
           }
         }
   }
 }
 
-extern "C" void depthwise_back(i64 K, i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy, float* dw) {
+extern "C" void depthwise_back(i64 K, i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy,
+                               float* dw) {
   auto of = K == 3 ? depthwise_back_of<3> : K == 5 ? depthwise_back_of<5> : K == 7 ? depthwise_back_of<7>
             : K == 9 ? depthwise_back_of<9> : depthwise_back_of<11>;
   of(parts, N, H, W, C, in, dy, dw);

@@ -61,80 +61,59 @@ def _run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
 class BlockFunction(Function):
     """A ConvNeXt block, x (N, C, H, W) in float32 to the same, with matrix products in `dtype`: its passes by hand.
 
-    `keep` (N,) is what stochastic depth multiplies each image's branch by. Weights of the two linear layers are (4C, C)
-    and (C, 4C); `gamma` is (C,). Rows below are the pixels of all images.
+    `keep` (N, 1) is what stochastic depth multiplies each image's branch by. The weights of the two linear layers are
+    (4C, C) and (C, 4C); `gamma` is (C,). Rows below are the pixels of all images. LayerNorm's weight and bias, `scale`
+    and `shift`, are folded into the first linear layer: W (scale * x + shift) + b = (W scale) x + (W shift + b).
     """
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx, dtype, eps, x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep):
         n, c, h, w = x.shape
-        rows, sizes = n * h * w, (n * h * w, c)
+        rows = n * h * w
         x = x.contiguous(memory_format=torch.channels_last)
-        weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-        with torch.autocast("cpu", enabled=False):
-            conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=c)
+        conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=c)
         conv = conv.contiguous(memory_format=torch.channels_last)
-        normed, stats = torch.empty(rows, c, dtype=dtype), torch.empty(rows, 2)
-        _run(dtype, "layer_norm", *sizes, eps, conv, scale, shift, normed, stats)
-        slope = normed @ weight1.t()  # what `bias_gelu` takes; it leaves GELU's derivative there
+        normed, stds = torch.empty(rows, c, dtype=dtype), torch.empty(rows)
+        _run(dtype, "normalize", rows, c, eps, conv, normed, stds)
+        folded1, cast2 = (weight1 * scale).to(dtype), weight2.to(dtype)
+        slope = normed @ folded1.t()  # what `bias_gelu` takes; it leaves GELU's derivative there
         hidden = torch.empty_like(slope)
-        _run(dtype, "bias_gelu", rows, 4 * c, slope, bias1, hidden)
-        branch = hidden @ weight2.t()
+        _run(dtype, "bias_gelu", rows, 4 * c, slope, weight1 @ shift + bias1, hidden)
+        branch = hidden @ cast2.t()
         y = torch.empty_like(x)
-        _run(dtype, "scale_add", *sizes, h * w, x, branch, bias2, gamma, keep, y)
+        _run(dtype, "scale_add", rows, c, h * w, x, branch, bias2, gamma, keep, y)
         ctx.save_for_backward(
-            x, conv, stats, normed, slope, hidden, branch, kernel, scale, weight1, weight2, bias2, gamma, keep
+            x, normed, stds, slope, hidden, branch, kernel, scale, shift, weight1, folded1, cast2, bias2, gamma, keep
         )
         return y
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        (x, conv, stats, normed, slope, hidden, branch, kernel, scale, weight1, weight2, bias2, gamma, keep) = (
+        x, normed, stds, slope, hidden, branch, kernel, scale, shift, weight1, folded1, cast2, bias2, gamma, keep = (
             ctx.saved_tensors
         )
         n, c, h, w = x.shape
-        sizes, dtype = (PARTS, n * h * w, c), branch.dtype
+        rows, dtype, padding = n * h * w, branch.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        d_branch, sums = torch.empty_like(branch), torch.zeros(5, PARTS, c)
-        _run(dtype, "scale_add_back", *sizes, h * w, grad, branch, bias2, gamma, keep, d_branch, sums[0], sums[1])
+        d_branch, sums, d_bias1 = torch.empty_like(branch), torch.zeros(3, PARTS, c), torch.zeros(PARTS, 4 * c)
+        _run(dtype, "scale_add_back", PARTS, rows, c, h * w, grad, branch, bias2, gamma, keep, d_branch, *sums[:2])
         d_weight2 = d_branch.t() @ hidden
-        d_hidden, d_bias1 = d_branch @ weight2, torch.zeros(PARTS, 4 * c)
-        _run(dtype, "bias_gelu_back", PARTS, n * h * w, 4 * c, d_hidden, slope, d_bias1)  # in place
-        d_weight1 = d_hidden.t() @ normed
-        d_normed = d_hidden @ weight1
-        d_conv = torch.empty_like(conv)
-        _run(dtype, "layer_norm_back", *sizes, d_normed, conv, scale, stats, d_conv, *sums[2:])
-        with torch.autocast("cpu", enabled=False):
-            padding = (kernel.shape[2] // 2, kernel.shape[2] // 2)
-            d_x = depthwise_input_grad(d_conv, kernel, x.shape, (1, 1), padding).add_(grad)
-            d_kernel = depthwise_weight_grad(x, d_conv, kernel.shape, (1, 1), padding)
-        d_bias2, d_gamma, d_scale, d_shift, d_kernel_bias = sums.sum(1)
+        d_hidden = d_branch @ cast2
+        _run(dtype, "bias_gelu_back", PARTS, rows, 4 * c, d_hidden, slope, d_bias1)  # in place
+        d_folded1 = (d_hidden.t() @ normed).float()
+        d_normed, d_conv = d_hidden @ folded1, torch.empty_like(x)
+        _run(dtype, "normalize_back", PARTS, rows, c, d_normed, normed, stds, d_conv, sums[2])
+        d_x = depthwise_input_grad(d_conv, kernel, x.shape, (1, 1), padding).add_(grad)
+        d_kernel = depthwise_weight_grad(x, d_conv, kernel.shape, (1, 1), padding)
+        d_bias2, d_gamma, d_kernel_bias = sums.sum(1)
         d_bias1 = d_bias1.sum(0)
-        weights = d_weight1.float(), d_bias1, d_weight2.float(), d_bias2
-        return None, None, d_x, d_kernel, d_kernel_bias, d_scale, d_shift, *weights, d_gamma, None
-
-
-class NormFunction(Function):
-    """LayerNorm over the last axis of x (..., C), in float32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        rows, c = x.numel() // len(weight), len(weight)
-        x = x.contiguous()
-        y, stats = torch.empty_like(x), torch.empty(rows, 2)
-        _run(torch.float32, "layer_norm", rows, c, eps, x, weight, bias, y, stats)
-        ctx.save_for_backward(x, weight, stats)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, stats = ctx.saved_tensors
-        d_x, sums = torch.empty_like(x), torch.zeros(3, PARTS, len(weight))
-        sizes = PARTS, len(stats), len(weight)
-        _run(torch.float32, "layer_norm_back", *sizes, grad.contiguous(), x, weight, stats, d_x, *sums)
-        return d_x, *sums[:2].sum(1), None
+        d_scale, d_shift = (d_folded1 * weight1).sum(0), d_bias1 @ weight1
+        d_weight1 = torch.addr(d_folded1 * scale, d_bias1, shift)
+        linear = d_weight1, d_bias1, d_weight2.float(), d_bias2
+        return None, None, d_x, d_kernel, d_kernel_bias, d_scale, d_shift, *linear, d_gamma, None
 
 
 class DepthwiseConv(Function):
@@ -256,16 +235,6 @@ class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
     """The block at the end of the road, whose linear layers are 1x1 convolutions."""
 
 
-class FastNorm(convnext.LayerNorm):
-    """LayerNorm of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _able(torch.float32, x, self.weight, self.bias):
-            return super().forward(x)
-        y = NormFunction.apply(x.float().permute(0, 2, 3, 1), self.weight, self.bias, self.eps)
-        return y.permute(0, 3, 1, 2)
-
-
 class FastPatchify(nn.Conv2d):
     """A convolution whose patches do not overlap, as the matrix product that it is."""
 
@@ -303,16 +272,16 @@ def _is_plain_depthwise(module: nn.Module) -> bool:
     )
 
 
-PARTS_OF_BLOCK = (FastDepthwise, nn.LayerNorm, FastNorm, nn.Linear, nn.Conv2d, nn.GELU)
+PARTS_OF_BLOCK = (FastDepthwise, nn.LayerNorm, convnext.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU)
 # What each class becomes; two kinds of `nn.Conv2d` have conditions of their own.
-REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock, convnext.LayerNorm: FastNorm}
+REPLACED = {convnext.Block: FastBlock, blocks.ConvNeXtBlock: FastRoadBlock}
 
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Make `model` train faster on a CPU, in place, and return it: parameters, state dict and function stay.
 
     Every plain depthwise convolution and patchify convolution is replaced, in any model: those here, timm's,
-    torchvision's; of ours also the blocks and norms. Only the class of the modules changes, so hooks, optimizers,
+    torchvision's; of ours also the blocks. Only the class of the modules changes, so hooks, optimizers,
     copies and pickles go on working. Without gradients (inference), on another device than the CPU, in float64, under
     torch.compile and without a C++ compiler the modules compute what they did before.
     """
