@@ -88,3 +88,11 @@ def test_nothing_of_this_machine_is_kept(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert not any("execution" in cell.metadata for cell in notebook.cells), "run `make notebooks`"
     assert not notebook.metadata.get("widgets"), "widgets need the network to be shown"
+
+
+def test_the_quickstart_learned_the_drawn_images_in_two_minutes():
+    quickstart = nbformat.read(ROOT / "notebooks" / "00_quickstart.ipynb", as_version=4)
+    outputs = [output for cell in quickstart.cells for output in cell.get("outputs", ())]
+    printed = "".join(map(text_of, outputs))
+    top1, seconds = re.search(r"Right on ([\d.]+)% of 500 validation images, .* after (\d+) s", printed).groups()
+    assert float(top1) > 90 and int(seconds) < 120
