@@ -149,8 +149,10 @@ def curve(rows: Sequence[Mapping]) -> Figure:
                 ax.plot(*zip(*points), marker="o", markersize=3, label=label)
         ax.set_xlabel("epoch")
         ax.legend()
+        ax.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("cross-entropy")
     right.set_ylabel("validation top-1 (%)")
+    right.set_ylim(bottom=0)
     return fig
 
 

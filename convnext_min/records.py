@@ -239,28 +239,9 @@ def line(row: dict[str, Any]) -> str:
 
 def draw_curve(rows: list[dict], path: Path) -> None:
     """Draw losses and accuracies over the epochs."""
-    import matplotlib.pyplot as plt  # takes seconds, and only here
+    from convnext_min import plots  # matplotlib takes seconds, and only here
 
-    from convnext_min import plots
-
-    plots.use_style()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    for axes, names, unit in (
-        (left, {"train_loss": "training", "val_loss": "validation"}, 1),
-        (right, {"top1": "weights", "ema_top1": "averaged weights"}, 100),
-    ):
-        for name, label in names.items():
-            points = [(row["epoch"], unit * row[name]) for row in rows if row[name] is not None]
-            if points:
-                axes.plot(*zip(*points), marker="o", markersize=3, label=label)
-        axes.set_xlabel("epoch")
-        axes.legend(frameon=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    left.set_ylabel("cross-entropy")
-    right.set_ylabel("validation top-1 (%)")
-    right.set_ylim(bottom=0)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    plots.curve(rows).savefig(path, dpi=150)
 
 
 def most_confused(predictions: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
