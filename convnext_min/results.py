@@ -1,0 +1,32 @@
+"""The committed results that chapters show: files of book/results, here or, for an installed package, on GitHub."""
+
+import csv
+import io
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "book" / "results"
+ADDRESS = "https://raw.githubusercontent.com/convnext-book/convnext-book/main/book/results"
+
+
+def text(name: str) -> str:
+    """The contents of a file, such as "imagenette/3-minutes/log.csv".
+
+    Raises FileNotFoundError in a checkout that lacks it, OSError if it has to be fetched and cannot be.
+    """
+    if FOLDER.is_dir():
+        return (FOLDER / name).read_text()
+    with urllib.request.urlopen(f"{ADDRESS}/{name}", timeout=30) as answer:
+        return answer.read().decode()
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(io.StringIO(text(name), newline="")))
+
+
+def values(name: str) -> dict[str, Any]:
+    """The contents of a JSON file."""
+    return json.loads(text(name))
