@@ -107,6 +107,11 @@ def test_mixing_needs_an_even_batch():
         Recipe(mixup=0.8, batch_size=33)
 
 
+def test_a_part_of_the_images_is_taken_in_memory_only():
+    with pytest.raises(ValueError, match=r"fraction=0\.1 .* needs loader=memory"):
+        Recipe(fraction=0.1, loader="disk")
+
+
 def test_unknown_recipe_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown recipe 'imagenet'; valid: imagenette"):
         recipes.get("imagenet")
