@@ -204,9 +204,9 @@ def evaluated(images, fsdp):
     return train.evaluate(model, Batches(images, 12, 32, False, **place), "fp32")
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_three_processes_validate_every_image_once(images, tmp_path, fsdp):
-    few = images.subset(slice(25))  # batches of 12, 12 and 1 image: the last is for one process only
+@pytest.mark.parametrize("number, fsdp", [(25, False), (25, True), (3925, False)])
+def test_three_processes_validate_every_image_once(images, tmp_path, number, fsdp):
+    few = images.subset(torch.arange(number) % len(images))  # in batches of 12: the last is for one process only
     right = evaluated(few, False)
     for result in in_processes(3, tmp_path, evaluated, few, fsdp):
         assert torch.equal(result.predictions, right.predictions) and torch.equal(result.labels, few.labels)
