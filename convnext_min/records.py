@@ -248,6 +248,8 @@ def most_confused(predictions: Tensor, labels: Tensor, classes: tuple[str, ...])
     """The two classes that are taken for each other most often, with the counts, in words."""
     n = len(classes)
     matrix = torch.bincount(n * labels + predictions, minlength=n * n).view(n, n).fill_diagonal_(0)  # (true, answer)
+    if not matrix.any():
+        return "none, all answers are right"
     a, b = divmod(int((matrix + matrix.T).argmax()), n)
     return (
         f"{classes[a]} taken for {classes[b]} {matrix[a, b]} times, {classes[b]} for {classes[a]} {matrix[b, a]} times"

@@ -212,6 +212,11 @@ def test_evaluation_counts_every_image_once_and_restores_the_mode(images):
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, few.labels).item(), rel=1e-5)
 
 
+def test_nothing_is_confused_where_all_answers_are_right():
+    labels = torch.tensor([0, 1, 2])
+    assert records.most_confused(labels, labels, ("tench", "horn", "pump")) == "none, all answers are right"
+
+
 def test_most_confused_counts_both_directions():
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
     predictions = torch.tensor([0, 1, 1, 0, 1, 0, 0, 2])
