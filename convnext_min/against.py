@@ -107,10 +107,10 @@ def contest(
     `seconds`. All have the same allocator settings (`fast.keep_freed_memory`), threads and images. Returns what
     belongs into a results file. Raises ValueError, listing what is valid, for an unknown rival, model or mode.
     """
-    for value, valid in ((model, convnext.__dict__), (mode, ("train", "infer")), *((r, CONTESTANTS) for r in rivals)):
-        if value not in valid or (valid is convnext.__dict__ and not value.startswith("convnext_")):
-            names = [name for name in valid if name.startswith("convnext_") or valid is not convnext.__dict__]
-            raise ValueError(f"unknown {value!r}; valid: {', '.join(names)}")
+    models = [name for name in vars(convnext) if name.startswith("convnext_")]
+    for value, valid in ((model, models), (mode, ("train", "infer")), *((rival, CONTESTANTS) for rival in rivals)):
+        if value not in valid:
+            raise ValueError(f"unknown {value!r}; valid: {', '.join(valid)}")
     fast.keep_freed_memory()
     names = ["convnext_min", *(rival for rival in rivals if rival != "convnext_min")]
     trials: dict[str, dict[str, float]] = {name: {} for name in names}

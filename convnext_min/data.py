@@ -63,8 +63,8 @@ class ImageSet:
 
 
 def hold_out(image_set: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """A training set without every tenth image, and those: what settings are chosen by, so that the validation images
-    stay unseen until the end. Classes lie in order or take turns, so each is cut alike."""
+    """A training set without every tenth image of each class, and those: what settings are chosen by, so that the
+    validation images stay unseen until the end."""
     held_out = torch.zeros(len(image_set), dtype=torch.bool)
     for label in range(len(image_set.classes)):
         held_out[(image_set.labels == label).nonzero()[::10]] = True

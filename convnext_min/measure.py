@@ -5,6 +5,7 @@ torchvision` races the accelerated ConvNeXt against theirs.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -79,14 +80,15 @@ def layer_costs(
     """
     layers = {layer: name for name, layer in model.named_modules() if not list(layer.children())}
     macs, passes, started = Counter(), [], {}
+    counter = FlopCounterMode(display=False)  # on during the first pass only: it takes time
 
     def start(layer, inputs):
-        started[layer] = time.perf_counter()
+        started[layer] = time.perf_counter(), counter.get_total_flops()
 
     def stop(layer, inputs, output):
-        passes[-1][layer] += time.perf_counter() - started[layer]
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            macs[layer] += output[0].numel() * layer.weight[0].numel()
+        since, flops = started[layer]
+        passes[-1][layer] += time.perf_counter() - since
+        macs[layer] += (counter.get_total_flops() - flops) // 2
 
     hooks = [
         hook for layer in layers for hook in (layer.register_forward_pre_hook(start), layer.register_forward_hook(stop))
@@ -94,15 +96,16 @@ def layer_costs(
     images = torch.randn(batch_size, in_chans, resolution, resolution, device=next(model.parameters()).device)
     training = model.training
     model.eval()
-    with torch.inference_mode():
-        for _ in range(1 + repeats):
+    with torch.no_grad():
+        for i in range(1 + repeats):
             passes.append(Counter())
-            model(images)
+            with counter if i == 0 else contextlib.nullcontext():
+                model(images)
     model.train(training)
     for hook in hooks:
         hook.remove()
     return [
-        LayerCost(name, layer, macs[layer] // len(passes), min(one[layer] for one in passes[1:]))
+        LayerCost(name, layer, macs[layer] // batch_size, min(one[layer] for one in passes[1:]))
         for layer, name in layers.items()
     ]
 

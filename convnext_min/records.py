@@ -265,8 +265,11 @@ def environment() -> dict[str, Any]:
         text=True,
     )
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    launcher, arguments = ["python"], sys.orig_argv[1:]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this as python -u -m ...
+        launcher, arguments = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]], arguments[1:]
     return {
-        "command": ["python", *sys.orig_argv[1:]],
+        "command": [*launcher, *arguments],
         "commit": found.stdout.strip() or None,
         "versions": {
             "python": platform.python_version(),

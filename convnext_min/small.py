@@ -14,8 +14,9 @@ INITS = ("paper", "fan_in")
 def overlapping_stem(in_chans: int, dim: int) -> nn.Sequential:
     """Images (N, in_chans, H, W) to (N, dim, H / 4, W / 4), by two 3x3 convolutions of stride 2 instead of one 4x4.
 
-    Windows that overlap find edges wherever they lie; patches have to learn each place of an edge for itself, which
-    takes more images than small data has (Xiao et al., "Early Convolutions Help Transformers See Better", 2021).
+    Windows that overlap see an edge wherever it lies; patches have to learn each of its places for itself. Vision
+    Transformers, too, train more easily behind such a stem (Xiao et al., "Early Convolutions Help Transformers See
+    Better", 2021).
     """
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1),

@@ -172,8 +172,7 @@ def prepare(
         checkpoint.replace(checkpoint.with_suffix(".broken"))  # else the next checkpoint would push out a good one
     print(f"{name}, {count_parameters(run.model):,} parameters, {run}")
     print(f"{train_set.source}; {val_set.source}")
-    stride = 16 if "isotropic" in name else 32
-    planned = plan(recipe, train_set.images, distributed.world(), run.micro_batch, rule=rule, stride=stride)
+    planned = plan(recipe, train_set.images, distributed.world(), run.micro_batch, rule=rule)
     print(planned, *[f"continuing at step {run.step:,}"] * (run.step > 0), sep="\n", flush=True)
     return run, val_set
 
@@ -243,13 +242,13 @@ def train(
 
     weights = "averaged" if run.ema else "last"
     print(
-        f"\nRight on {result.top1:.1%} of {val_batches.images:,} validation images, with the {weights} weights, "
+        f"\nRight on {result.top1:.1%} of {len(result.labels):,} validation images, with the {weights} weights, "
         f"after {run.seconds:.0f} s"
     )
     confused = records.most_confused(result.predictions, result.labels, val_batches.classes)
     print("Most confused:", confused, flush=True)
     if checkpoint and distributed.rank() == 0:
-        summary = run.identity | {"validation": val_batches.source, "images": val_batches.images, "top1": result.top1}
+        summary = run.identity | {"validation": val_batches.source, "images": len(result.labels), "top1": result.top1}
         summary |= {"parameters": count_parameters(run.model), "steps": run.step, "seconds": round(run.seconds, 1)}
         summary |= {"processes": distributed.world(), "images_at_a_time": run.micro_batch}
         records.write_json(summary | records.environment(), checkpoint.parent / "summary.json")

@@ -237,3 +237,13 @@ def test_without_its_package_weights_and_biases_is_refused_at_once(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="--wandb needs another package: pip install wandb"):
         train.main(["--wandb", "book", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "run")])
+
+
+def test_the_command_of_a_result_names_what_started_it(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", "convnext_min.train", "--epochs", "1"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    command = records.environment()["command"]
+    assert command == ["torchrun", "--nproc-per-node", "2", "-m", "convnext_min.train", "--epochs", "1"]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert records.environment()["command"][:2] == ["python", "-u"]
