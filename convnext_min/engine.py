@@ -169,6 +169,7 @@ class Run:
         self.rows: list[dict] = []  # one for each line of the log
         self.sums = {"loss": 0.0, "steps": 0, "seconds": 0.0}  # of the steps since the last row
         self.started, self.earlier = started, 0.0  # start of this process; seconds of those that it continues
+        self.earlier_cpu = 0.0
         self.window = (0.0, 0.0)  # seconds at which a timed run begins and stops training
         self.stopped = False
         self.agree()
@@ -217,6 +218,12 @@ class Run:
     def seconds(self) -> float:
         """Wall clock since the start of the process, with those of the processes that it resumes."""
         return self.earlier + time.time() - self.started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Time of the processor, over all its cores, in this process and those that it resumes."""
+        times = psutil.Process().cpu_times()
+        return self.earlier_cpu + times.user + times.system
 
     def agree(self, stop: bool = False) -> None:
         """Take the clock of the first process, `now`, and whether any has to stop: what comes next depends on both."""
@@ -336,6 +343,7 @@ class Run:
             "rows": self.rows,
             "sums": self.sums,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "window": self.window,
         }
 
@@ -361,6 +369,7 @@ class Run:
             self.ema.n_averaged.fill_(state["step"])
         self.step, self.rows, self.sums = state["step"], state["rows"], state["sums"]
         self.earlier, self.window = state["seconds"], state["window"]
+        self.earlier_cpu = state["cpu_seconds"]
         self.agree()
 
 

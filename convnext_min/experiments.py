@@ -1,11 +1,14 @@
 """Many training runs that answer one question: `python -m convnext_min.experiments road --data DIR --output DIR`.
 
 An experiment is a list of `Trial`s. Every trial and seed is one `convnext_min.train` in a process of its own, resumed
-if it was interrupted, and one row of runs.csv when it is done; summary.csv and card.json follow from the rows.
+if it was interrupted, and one row of runs.csv when it is done; summary.csv and card.json follow from the rows, and
+answers.npz holds what each run said of each image. A run that another experiment in the same folder has made is taken
+from there.
 """
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -18,8 +21,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
+from convnext_min import recipes
 from convnext_min.records import environment, write_json
 from convnext_min.roadmap import STEPS
 
@@ -38,6 +43,10 @@ class Trial:
         """The options of convnext_min.train that repeat the run, but for where the data and the output are."""
         options = ["--recipe", self.recipe, "--model", self.model, "--seed", str(seed), *self.arguments]
         return [*options, "--set", *self.settings] if self.settings else options
+
+    def values(self) -> dict[str, Any]:
+        """All values of its recipe, as a results file has them."""
+        return json.loads(json.dumps(dataclasses.asdict(recipes.get(self.recipe, self.settings, self.model))))
 
 
 # One choice of the plain small-data recipe made differently at a time. Judged by a tenth of the training images, held
@@ -90,7 +99,16 @@ ADDED = {
     "random erasing": ("erasing=0.25",),
 }
 
+# What the road's recipe chose its learning rate by: one that suits networks all along the road, on held-out images.
+TRIED = ("resnet50", "inverted", "gelu", "convnext")
+RATES = (1e-3, 2e-3, 4e-3)
+
 EXPERIMENTS = {
+    "rates": [
+        Trial(f"{step}, {rate:g}", f"road:{step}", "road", (f"base_lr={rate}", "epochs=5"), ("--holdout",))
+        for step in TRIED
+        for rate in RATES
+    ],
     "levers": [Trial(name, "convnext_atto", "imagenette", changes, ("--holdout",)) for name, changes in LEVERS.items()],
     "road": [Trial(step, f"road:{step}", "road") for step in STEPS],
     "grid": [Trial(f"{end}, {name}", f"road:{end}", name) for end in ENDS for name in ("road-classic", "road")],
@@ -119,8 +137,30 @@ def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     partial.replace(path)
 
 
+def read_answers(path: Path) -> dict[str, np.ndarray]:
+    """The classes that runs gave to the validation images, by `key`, and the right ones as "labels": each (N,)."""
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        return dict(file)
+
+
+def key(trial: str, seed: int | str) -> str:
+    """The name of a run in answers.npz."""
+    return f"{trial}/{seed}"
+
+
+def write_answers(answers: dict[str, np.ndarray], path: Path) -> None:
+    """Write them so that `path` is a whole file at any moment."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez_compressed(file, **answers)
+    partial.replace(path)
+
+
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a trial: the mean of its runs' top-1 in percent, their standard deviation, their number and mean time."""
+    """One row a trial: the mean of its runs' top-1 in percent, their standard deviation, their number, the mean time
+    of the processor."""
     by_trial = defaultdict(list)
     for row in rows:
         by_trial[row["trial"]].append(row)
@@ -130,15 +170,20 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "top1": round(mean(top1 := [float(run["top1"]) for run in runs]), 2),
             "std": round(stdev(top1), 2) if len(runs) > 1 else "",
             "seeds": len(runs),
-            "seconds": round(mean(float(run["seconds"]) for run in runs)),
+            "cpu_seconds": round(mean(float(run["cpu_seconds"]) for run in runs)),
             "parameters": runs[0]["parameters"],
         }
         for trial, runs in by_trial.items()
     ]
 
 
-def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: int) -> dict[str, Any]:
-    """Train in a process of its own, in `output`/work, and return the row. Raises RuntimeError if that fails."""
+def run_trial(
+    trial: Trial, seed: int, data: str | None, output: Path, threads: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Train in a process of its own, in `output`/work: the row of the run, and its answers beside the labels.
+
+    Raises RuntimeError if that fails.
+    """
     folder = output / "work" / f"{trial.name}-{seed}".replace(" ", "_").replace("/", "by")
     folder.mkdir(parents=True, exist_ok=True)
     command = ["-m", "convnext_min.train", "--output", str(folder), "--resume", *(["--data", data] if data else [])]
@@ -152,15 +197,17 @@ def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: 
     if done.returncode:
         raise RuntimeError(f"{trial.name}, seed {seed}, stopped with code {done.returncode}; see {folder}/output.txt")
     summary = json.loads((folder / "summary.json").read_text())
+    answers = read_answers(folder / "answers.npz")
     for weights in folder.glob("*.pt"):
         weights.unlink()
-    return {
+    row = {
         "trial": trial.name,
         "seed": seed,
         "top1": round(100 * summary["top1"], 3),
         "images": summary["images"],
         "steps": summary["steps"],
         "seconds": summary["seconds"],
+        "cpu_seconds": summary["cpu_seconds"],
         "parameters": summary["parameters"],
         "data": summary["source"],
         "options": shlex.join(trial.options(seed)),
@@ -170,6 +217,19 @@ def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: 
         "cpu": summary["machine"]["cpu"],
         "threads": threads,
     }
+    return row, {key(trial.name, seed): answers["answers"].astype(np.uint8), "labels": answers["labels"]}
+
+
+def made_elsewhere(trial: Trial, seed: int, output: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """The same run out of another experiment's results in `output`, as `run_trial` returns it, if there is one."""
+    options = shlex.join(trial.options(seed))
+    for path in sorted(output.glob("*/runs.csv")):
+        for row in read_rows(path):
+            if row["options"] == options and json.loads(row["recipe"]) == trial.values():
+                answers = read_answers(path.with_name("answers.npz"))
+                own = answers[key(row["trial"], seed)]
+                return row | {"trial": trial.name}, {key(trial.name, seed): own, "labels": answers["labels"]}
+    return None
 
 
 def run(name: str, output: Path, seeds: int, data: str | None = None, workers: int = 1) -> list[dict[str, Any]]:
@@ -181,21 +241,28 @@ def run(name: str, output: Path, seeds: int, data: str | None = None, workers: i
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = list(read_rows(folder / "runs.csv"))
+    answers = read_answers(folder / "answers.npz")
     done = {(row["trial"], int(row["seed"])) for row in rows}
     jobs = [(trial, seed) for seed in range(seeds) for trial in EXPERIMENTS[name] if (trial.name, seed) not in done]
     threads = max(1, (os.cpu_count() or 1) // workers)
     failures = []
+
+    def make(trial: Trial, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return made_elsewhere(trial, seed, output) or run_trial(trial, seed, data, folder, threads)
+
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=name, unit="run") as bar:
-        futures = [pool.submit(run_trial, trial, seed, data, folder, threads) for trial, seed in jobs]
+        futures = [pool.submit(make, trial, seed) for trial, seed in jobs]
         try:
             for future in as_completed(futures):
                 bar.update()
                 try:
-                    row = future.result()
+                    row, given = future.result()
                 except RuntimeError as error:
                     failures.append(str(error))
                     continue
                 rows.append(row)
+                answers |= given
+                write_answers(answers, folder / "answers.npz")
                 write_rows(rows, folder / "runs.csv")
                 write_rows(summarize(rows), folder / "summary.csv")
                 write_json(card(name, rows), folder / "card.json")
@@ -217,7 +284,7 @@ def card(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": made["versions"],
         "machine": made["machine"],
         "runs": len(rows),
-        "hours": round(sum(float(row["seconds"]) for row in rows) / 3600, 2),
+        "cpu_hours": round(sum(float(row["cpu_seconds"]) for row in rows) / 3600, 2),
     }
 
 

@@ -7,19 +7,26 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 FOLDER = Path(__file__).parents[1] / "book" / "results"
 ADDRESS = "https://raw.githubusercontent.com/convnext-book/convnext-book/main/book/results"
 
 
-def text(name: str) -> str:
+def content(name: str) -> bytes:
     """The contents of a file, such as "imagenette/3-minutes/log.csv".
 
     Raises FileNotFoundError in a checkout that lacks it, OSError if it has to be fetched and cannot be.
     """
     if FOLDER.is_dir():
-        return (FOLDER / name).read_text()
+        return (FOLDER / name).read_bytes()
     with urllib.request.urlopen(f"{ADDRESS}/{name}", timeout=30) as answer:
-        return answer.read().decode()
+        return answer.read()
+
+
+def text(name: str) -> str:
+    """The contents of a text file."""
+    return content(name).decode()
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -30,3 +37,9 @@ def rows(name: str) -> list[dict[str, str]]:
 def values(name: str) -> dict[str, Any]:
     """The contents of a JSON file."""
     return json.loads(text(name))
+
+
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by their names."""
+    with np.load(io.BytesIO(content(name))) as file:
+        return dict(file)

@@ -26,8 +26,8 @@ def overlapping_stem(in_chans: int, dim: int) -> nn.Sequential:
     )
 
 
-def init_fan_in(model: ConvNeXt) -> None:
-    """Draw the weights of the layers below the classifier with variance 1 / fan-in; biases become 0.
+def init_fan_in(model: nn.Module) -> None:
+    """Draw the weights of the layers below the classifier, `head`, with variance 1 / fan-in; biases become 0.
 
     The signal then keeps its size through a layer, whatever its width (LeCun et al., 1998). The paper's constant 0.02
     makes it shrink where the fan-in is small, as in a depthwise convolution and in narrow networks.
@@ -35,7 +35,8 @@ def init_fan_in(model: ConvNeXt) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name != "head":
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def adapt(model: ConvNeXt, stem: str, init: str) -> ConvNeXt:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import timm
 import torch
@@ -34,6 +35,7 @@ from convnext_min.recipes import Recipe
 
 VARIANTS = {name: build for name, build in vars(convnext).items() if name.startswith("convnext_")}
 CHECKPOINT = "checkpoint.pt"
+ANSWERS = "answers.npz"  # the class given to each validation image, and the right one
 EVAL_BATCH = 64  # images of a process
 
 
@@ -45,7 +47,8 @@ def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
     library, _, rest = name.rpartition(":")
     plain = Recipe()
     for key in ("depths", "dims", "stem", "init"):
-        if name not in VARIANTS and getattr(recipe, key) != getattr(plain, key):
+        settable = name in VARIANTS or (library == "road" and key == "init")
+        if not settable and getattr(recipe, key) != getattr(plain, key):
             raise ValueError(f"{key} can be set for {', '.join(VARIANTS)}, not for {name!r}")
     if name in VARIANTS:
         sizes = {key: value for key in ("depths", "dims") if (value := getattr(recipe, key)) is not None}
@@ -58,9 +61,12 @@ def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
         )
         return small.adapt(model, recipe.stem, recipe.init)
     if library == "road":
-        return roadmap.build(
+        model = roadmap.build(
             rest, num_classes=num_classes, width_multiplier=recipe.width_multiplier, drop_path_rate=recipe.drop_path
         )
+        if recipe.init == "fan_in":
+            small.init_fan_in(model)
+        return model
     if library == "timm":
         return timm.create_model(rest, num_classes=num_classes, drop_path_rate=recipe.drop_path)
     if library == "torchvision":
@@ -193,12 +199,12 @@ def train(
 ) -> History:
     """Train `model`, a network or a name for `make_model`, and evaluate it on `val_set` as often as the recipe says.
 
-    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and those before it, best.pt and summary.json into
-    the folder `output`, if given. The images are an `ImageSet` or anything that gives batches as `Batches` does. With
-    `start`, the weights of a checkpoint are the initial ones. With `resume`, continues from the newest whole
-    checkpoint in `output`, if there is one. A recipe's minutes count from `started`, in seconds as `time.time()` gives
-    them; from now, if not given. What is known to fail is warned of, such as a learning rate far above that of `rule`,
-    a recipe that works. Seeds PyTorch's, NumPy's and Python's generators.
+    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and those before it, best.pt, answers.npz and
+    summary.json into the folder `output`, if given. The images are an `ImageSet` or anything that gives batches as
+    `Batches` does. With `start`, the weights of a checkpoint are the initial ones. With `resume`, continues from the
+    newest whole checkpoint in `output`, if there is one. A recipe's minutes count from `started`, in seconds as
+    `time.time()` gives them; from now, if not given. What is known to fail is warned of, such as a learning rate far
+    above that of `rule`, a recipe that works. Seeds PyTorch's, NumPy's and Python's generators.
 
     Raises ValueError for classes that do not fit, FileExistsError if `output` holds a run and `resume` is not set,
     FloatingPointError if the loss stops being a number, and Stopped, after saving, when asked to stop.
@@ -250,10 +256,14 @@ def train(
     if checkpoint and distributed.rank() == 0:
         summary = run.identity | {"validation": val_batches.source, "images": len(result.labels), "top1": result.top1}
         summary |= {"parameters": count_parameters(run.model), "steps": run.step, "seconds": round(run.seconds, 1)}
+        summary |= {"cpu_seconds": round(run.cpu_seconds, 1)}
+        given = {"answers": result.predictions.numpy(), "labels": result.labels.numpy()}
+        np.savez_compressed(checkpoint.parent / ANSWERS, **{k: v.astype(np.uint16) for k, v in given.items()})
         summary |= {"processes": distributed.world(), "images_at_a_time": run.micro_batch}
         records.write_json(summary | records.environment(), checkpoint.parent / "summary.json")
         records.draw_curve(run.rows, checkpoint.parent / "curve.png")
-        print(f"In {checkpoint.parent}: {CHECKPOINT}, log.csv, curve.png, summary.json, and events for TensorBoard")
+        files = f"{CHECKPOINT}, log.csv, curve.png, summary.json, {ANSWERS}"
+        print(f"In {checkpoint.parent}: {files}, and events for TensorBoard")
     return History(run.rows, run.best.eval(), result.predictions, result.top1)
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -52,10 +53,35 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_p
     assert summary["recipe"] == json.loads(first[1]["recipe"])
 
     made = []
-    monkeypatch.setattr(experiments, "run_trial", lambda trial, seed, *_: made.append((trial.name, seed)) or first[0])
+    monkeypatch.setattr(
+        experiments, "run_trial", lambda trial, seed, *_: made.append((trial.name, seed)) or (first[0], {})
+    )
     experiments.run("made", output, seeds=2, data=str(root))
     assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
     assert json.loads((output / "made" / "card.json").read_text())["runs"] == 4
+
+
+def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.EXPERIMENTS, "made", experiments.EXPERIMENTS["made"][:1])
+    (row,) = experiments.run("made", tmp_path, seeds=1, data=str(root))
+    answers = experiments.read_answers(tmp_path / "made" / "answers.npz")
+    assert answers["a/0"].shape == (20,)
+    assert 100 * (answers["a/0"] == answers["labels"]).mean() == pytest.approx(row["top1"], abs=1e-3)
+
+
+def test_a_run_of_another_experiment_is_taken_from_there(experiment, root, tmp_path, monkeypatch):
+    same, other = (
+        Trial(name, "convnext_atto", "imagenette", (*TINY, f"base_lr={lr}")) for name, lr in (("x", 1e-3), ("y", 2e-3))
+    )
+    monkeypatch.setitem(experiments.EXPERIMENTS, "first", [same])
+    monkeypatch.setitem(experiments.EXPERIMENTS, "second", [replace(same, name="also x"), other])
+    (made,) = experiments.run("first", tmp_path, seeds=1, data=str(root))
+    taken, new = experiments.run("second", tmp_path, seeds=1, data=str(root))
+    assert {k: str(v) for k, v in made.items()} == taken | {"trial": "x"} and new["trial"] == "y"
+    answers = experiments.read_answers(tmp_path / "second" / "answers.npz")
+    assert (answers["also x/0"] == experiments.read_answers(tmp_path / "first" / "answers.npz")["x/0"]).all()
+    monkeypatch.setattr(Trial, "values", lambda self: {"a recipe that": "has changed since"})
+    assert experiments.made_elsewhere(same, 0, tmp_path) is None
 
 
 def test_a_failed_run_is_named_and_the_others_are_kept(experiment, root, tmp_path, monkeypatch):
@@ -69,7 +95,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(experiment, root, tmp_pat
 
 def test_summary_is_mean_and_standard_deviation():
     made = [
-        {"trial": trial, "top1": top1, "seconds": "10", "parameters": "7"}
+        {"trial": trial, "top1": top1, "cpu_seconds": "10", "parameters": "7"}
         for trial, top1 in (("a", "50.0"), ("a", "53.0"), ("a", "51.0"), ("b", "20.0"))
     ]
     a, b = experiments.summarize(made)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from convnext_min import data, small
 from convnext_min.recipes import Recipe
@@ -50,8 +51,8 @@ def test_fan_in_init_leaves_the_classifier_to_the_recipe():
 def test_unknown_values_and_other_models_are_refused(key):
     with pytest.raises(ValueError, match=f"{key} must be p.* or .*, got 'conv'"):
         Recipe(**{key: "conv"})
-    with pytest.raises(ValueError, match=f"{key} can be set for convnext_atto.*not for 'road:gelu'"):
-        make_model("road:gelu", Recipe(**{key: {"stem": "overlapping", "init": "fan_in"}[key]}), 10)
+    with pytest.raises(ValueError, match=f"{key} can be set for convnext_atto.*not for 'timm:resnet18'"):
+        make_model("timm:resnet18", Recipe(**{key: {"stem": "overlapping", "init": "fan_in"}[key]}), 10)
 
 
 def test_hold_out_takes_a_tenth_of_each_class_and_leaves_the_others():
@@ -69,3 +70,14 @@ def test_a_part_has_that_fraction_of_each_class_and_lies_in_larger_parts():
     contents = [{image.numpy().tobytes() for image in part.images} for part in parts]
     assert contents[0] < contents[1] < contents[2] < contents[3]
     assert torch.equal(data.part(images, 0.2).images, parts[1].images)
+
+
+def test_the_road_takes_fan_in_init_too():
+    torch.manual_seed(0)
+    model = make_model("road:fewer_norms", Recipe(init="fan_in", width_multiplier=0.25), 10)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.1), name
+    with pytest.raises(ValueError, match=r"stem can be set for convnext_atto.*not for 'road:gelu'"):
+        make_model("road:gelu", Recipe(stem="overlapping"), 10)

@@ -1,0 +1,87 @@
+"""What the committed runs say: accuracies with their spread, paired differences, and agreement with the paper.
+
+Everything is computed from the answers that each run gave to each validation image (answers.npz of an experiment).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from convnext_min import paper, results
+from convnext_min.roadmap import STEPS
+
+DRAWS = 2000  # of a bootstrap
+# What each step of the road is compared with: the one before it, but after the kernel sizes it goes on from 7.
+BEFORE = dict(zip(list(STEPS)[1:], STEPS)) | {"gelu": "kernel7"}
+
+Right = np.ndarray  # bool (seeds, images): whether the run with that seed was right about that image
+
+
+class Interval(NamedTuple):
+    """An estimate, and the bounds between which 95% of a bootstrap's values lie."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+def right_answers(experiment: str) -> dict[str, Right]:
+    """For each trial of an experiment, in the order of its runs, where its runs were right, the seeds in order."""
+    answers = results.arrays(f"{experiment}/answers.npz")
+    labels = answers.pop("labels")
+    runs = [(row["trial"], int(row["seed"])) for row in results.rows(f"{experiment}/runs.csv")]
+    return {
+        trial: np.stack([answers[f"{trial}/{seed}"] == labels for name, seed in sorted(runs) if name == trial])
+        for trial in dict(runs)
+    }
+
+
+def top1(right: Right) -> tuple[float, float]:
+    """Mean over the seeds, and their standard deviation (nan for one seed), in percent."""
+    by_seed = 100 * right.mean(1)
+    return by_seed.mean(), by_seed.std(ddof=1) if len(by_seed) > 1 else float("nan")
+
+
+def difference(before: Right, after: Right) -> Interval:
+    """Top-1 of `after` minus that of `before`, in points: runs of the same seed saw the same batches, so they pair.
+
+    The bootstrap draws seeds and images with replacement, so that the interval holds the chance of training as far as
+    so few seeds can show it, and the chance of having been asked about these images.
+    """
+    seeds = min(len(before), len(after))
+    gaps = after[:seeds].astype(np.float32) - before[:seeds]
+    return Interval(100 * gaps.mean(), *_bounds(_resampled(gaps).mean(1) * 100))
+
+
+def rank_agreement(right: Mapping[str, Right]) -> Interval:
+    """Spearman's rank correlation, over the steps of the road, between our top-1 and the paper's (Table 10).
+
+    The bootstrap draws our seeds and images again, the same for all steps, and the paper's means with the standard
+    error that its standard deviations over three seeds give.
+    """
+    steps = [step for step in STEPS if step in right]
+    published = np.array([paper.TABLE10[step].top1 for step in steps])
+    errors = np.array([paper.TABLE10[step].std for step in steps]) / 3**0.5
+    ours = np.stack([right[step].mean() for step in steps])
+    drawn = np.stack([_resampled(right[step].astype(np.float32)).mean(1) for step in steps], 1)  # (DRAWS, steps)
+    noise = np.random.default_rng(1).normal(size=drawn.shape) * errors
+    values = [spearmanr(a, b).statistic for a, b in zip(drawn, published + noise)]
+    return Interval(spearmanr(ours, published).statistic, *_bounds(values))
+
+
+def _resampled(values: np.ndarray) -> np.ndarray:
+    """(seeds, images) to (DRAWS, seeds): seeds drawn with replacement, each a mean over images drawn so, too."""
+    seeds, images = values.shape
+    rng = np.random.default_rng(0)  # the same draws for whatever is compared
+    counts = rng.multinomial(images, np.full(images, 1 / images), size=DRAWS).astype(np.float32)
+    means = counts @ values.T / images
+    return np.take_along_axis(means, rng.integers(seeds, size=means.shape), 1)
+
+
+def _bounds(values) -> tuple[float, float]:
+    return tuple(np.percentile(values, (2.5, 97.5)))

@@ -1,0 +1,65 @@
+"""The loops of fast.cpp: compiled when they are first needed, called with tensors, and when they can be."""
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the matrix products: their names in fast.cpp
+PARTS = 32  # of a sum over rows: see fast.cpp
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+
+
+@functools.cache
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The functions of fast.cpp for matrix products in `dtype`, compiled in a second or two; None, and a warning once,
+    without a C++ compiler. CXX names the compiler, "c++" if it is not set.
+
+    Each process compiles for itself, so that processes cannot disturb each other, nor machines that share a home.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(__file__).with_name("fast.cpp"), Path(folder, "fast.so")
+        try:
+            command = [os.environ.get("CXX", "c++"), *FLAGS, f"-DT={TYPES[dtype]}", source, "-o", library]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            warnings.warn(f"training will be slower: fast.cpp was not compiled ({reason})", stacklevel=2)
+            return None
+
+
+def run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
+    """Call a function of fast.cpp on contiguous arrays: the `data_ptr` of tensors, integers, and floats."""
+
+    def convert(value):
+        if isinstance(value, Tensor):
+            return ctypes.c_void_p(value.data_ptr())
+        return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+    getattr(kernels(dtype), name)(*map(convert, values))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products under `x` compute in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def able(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
+    """Whether fast.cpp can and should compute: in training, with plain tensors of known types, nothing traced."""
+    return (
+        torch.is_grad_enabled()
+        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
+        and all(t.dtype == torch.float32 for t in weights)
+        and dtype in TYPES
+        and x.dtype in TYPES
+        and x.ndim == 4
+        and not torch.compiler.is_compiling()
+        and kernels(dtype) is not None
+    )

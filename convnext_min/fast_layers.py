@@ -1,0 +1,234 @@
+"""Layers that train faster on a CPU than PyTorch's, with the same parameters: what `fast.accelerate` puts in.
+
+Each is a class of PyTorch with another `forward`, which computes as before where it cannot do better.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from convnext_min.compiled import PARTS, able, autocast_dtype, kernels, run
+
+
+class DepthwiseConv(Function):
+    """`F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), and fast gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = depthwise_input_grad(grad, weight, x.shape, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[1]:
+            grad_weight = depthwise_weight_grad(x, grad, weight.shape, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def depthwise_input_grad(grad: Tensor, weight: Tensor, shape, stride, padding) -> Tensor:
+    """The gradient of the input, (N, C, H, W): with stride 1 a depthwise convolution with the kernel turned around."""
+    chans, (height, width), kernel = shape[1], shape[2:], weight.shape[2:]
+    if stride == (1, 1) and padding[0] < kernel[0] and padding[1] < kernel[1]:
+        full = [k - 1 - p for k, p in zip(kernel, padding)]
+        return F.conv2d(grad, weight.flip(2, 3), padding=full, groups=chans)
+    # With a stride, rows at the end may have been passed over: `output_padding` says how many.
+    rest = [(n + 2 * p - k) % s for n, p, k, s in zip((height, width), padding, kernel, stride)]
+    return F.conv_transpose2d(grad, weight, None, stride, padding, rest, groups=chans)
+
+
+def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Tensor:
+    """The gradient of the weight, (C, 1, K, L), as a convolution of the input with the output's gradient.
+
+    dw[c, k] = sum over n and o of grad[n, c, o] * x[n, c, o * stride + k - padding] is, for each n and c, a plain
+    convolution of one image with one (large) filter; the stride of the forward pass has become a dilation. So the
+    batch is one image of N * C channels and the gradient its N * C filters, and what is left is a sum over n. With
+    stride 1 there is a loop in fast.cpp, which needs no copy in another layout.
+    """
+    (n, c, h, w), (k, across), parts = x.shape, shape[2:], 4
+    same = k == across and k in (3, 5, 7, 9, 11) and padding == (k // 2, k // 2) and stride == (1, 1)
+    if same and x.dtype == grad.dtype == torch.float32 and kernels(torch.float32):
+        x, grad = (part.permute(0, 2, 3, 1).contiguous() for part in (x, grad))
+        sums = torch.zeros(parts, k, k, c)
+        run(torch.float32, "depthwise_back", k, parts, n, h, w, c, x, grad, sums)
+        return sums.sum(0).permute(2, 0, 1).unsqueeze(1)
+    image = x.contiguous().view(1, n * c, h, w)  # both in NCHW: a copy if they were channels-last
+    filters = grad.contiguous().view(n * c, 1, *grad.shape[2:])
+    taps = F.conv2d(image, filters, None, 1, padding, dilation=stride, groups=n * c)  # (1, N * C, >= K, >= L)
+    return taps.view(n, c, *taps.shape[2:])[..., :k, :across].sum(0).unsqueeze(1)
+
+
+class FastDepthwise(nn.Conv2d):
+    """A depthwise `nn.Conv2d` that trains through `DepthwiseConv` on a CPU, in float32 also under autocast.
+
+    Under bfloat16 autocast PyTorch's depthwise kernels gain nothing on the way forward and lose on the way back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            x = x.to(self.weight.dtype, memory_format=torch.channels_last)
+            return DepthwiseConv.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class FastPatchify(nn.Conv2d):
+    """A convolution whose patches do not overlap, as the matrix product that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x)
+        if not able(dtype, x, self.weight, self.bias) or x.shape[1] != self.in_channels:
+            return super().forward(x)
+        down, across = self.kernel_size
+        rows, columns = x.shape[2] // down, x.shape[3] // across
+        if rows == 0 or columns == 0:
+            return super().forward(x)  # which says what is wrong
+        x = x[..., : rows * down, : columns * across].to(dtype)  # what does not fill a patch is left out, as always
+        x = x.permute(0, 2, 3, 1).unflatten(1, (rows, down)).unflatten(3, (columns, across)).transpose(2, 3).flatten(3)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class BatchNormFunction(Function):
+    """BatchNorm by the statistics of the batch: x (N, C, H, W) to the same, and the mean and variance, both (C,).
+
+    Two passes over the memory on the way forward, and two on the way back, each of which reads a value once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        rows, c = x.numel() // x.shape[1], x.shape[1]
+        x = x.contiguous(memory_format=torch.channels_last)
+        sums = torch.zeros(2, PARTS, c)
+        run(x.dtype, "batch_sums", PARTS, rows, c, x, *sums)
+        first = x[0, :, 0, 0].double()  # the sums are of the distances to it, so that they lose no digits
+        shift, square = sums.double().sum(1) / rows
+        mean, variance = (first + shift).float(), (square - shift**2).clamp(min=0).float()
+        inverse = (variance + eps).rsqrt()
+        y = torch.empty_like(x)
+        run(x.dtype, "scale_shift", rows, c, x, scale := weight * inverse, bias - mean * scale, y)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, weight, mean, inverse = ctx.saved_tensors
+        rows, c = x.numel() // x.shape[1], x.shape[1]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        sums = torch.zeros(2, PARTS, c)
+        run(x.dtype, "batch_sums_back", PARTS, rows, c, grad, x, mean, *sums)
+        d_bias, dot = sums.sum(1)
+        scale = weight * inverse
+        slope = -scale * inverse**2 * dot / rows  # of x in its own gradient, through the statistics
+        d_x = torch.empty_like(x)
+        run(x.dtype, "scale_add_shift", rows, c, grad, x, scale, slope, -scale * d_bias / rows - slope * mean, d_x)
+        return d_x, dot * inverse, d_bias, None
+
+
+class FastBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that trains through `BatchNormFunction`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tracked = self.track_running_stats and self.momentum is not None
+        if not (self.training and tracked and self.affine and able(x.dtype, x, self.weight, self.bias)):
+            return super().forward(x)
+        rows = x.numel() // x.shape[1]
+        if x.shape[1] != self.num_features or rows < 2:
+            return super().forward(x)  # which says what is wrong
+        y, mean, variance = BatchNormFunction.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (rows / (rows - 1)), self.momentum)
+        return y
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its values lie one after the other, in whatever order."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+class ReLUFunction(Function):
+    """max(x, 0); the gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx, x, inplace):
+        if inplace:
+            ctx.mark_dirty(x)
+        y = x.relu_() if inplace else x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        d_x = torch.empty_like(y)
+        grad = grad if grad.stride() == y.stride() else torch.empty_like(y).copy_(grad)
+        run(y.dtype, "relu_back", y.numel(), grad, y, d_x)
+        return d_x, None
+
+
+class FastReLU(nn.ReLU):
+    """ReLU that trains through `ReLUFunction`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        able_to = _is_dense(x) and able(x.dtype, x)
+        return ReLUFunction.apply(x, self.inplace) if able_to else super().forward(x)
+
+
+class GELUFunction(Function):
+    """GELU, which keeps its derivative instead of its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, slope = torch.empty_like(x), torch.empty_like(x)
+        run(x.dtype, "gelu", x.numel(), x, y, slope)
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class FastGELU(nn.GELU):
+    """GELU that trains through `GELUFunction`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        able_to = self.approximate == "none" and _is_dense(x) and able(x.dtype, x)
+        return GELUFunction.apply(x) if able_to else super().forward(x)
+
+
+def is_patchify(module: nn.Module) -> bool:
+    """Whether `FastPatchify` computes the same; a 1x1 convolution is better left to PyTorch."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride != (1, 1)
+        and module.groups == 1
+        and module.bias is not None
+        and module.padding in ((0, 0), "valid")
+        and module.dilation == (1, 1)
+    )
+
+
+def is_plain_depthwise(module: nn.Module) -> bool:
+    """Whether `FastDepthwise` computes the same."""
+    return (
+        type(module) is nn.Conv2d
+        and module.groups == module.in_channels == module.out_channels
+        and module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
+        and isinstance(module.padding, tuple)
+    )
