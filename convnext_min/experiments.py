@@ -56,8 +56,11 @@ LEVERS = {
     "layer scale 0.2": ("layer_scale_init=0.2",),
     "fan-in init": ("init=fan_in",),
     "overlapping stem": ("stem=overlapping",),
+    "stem, init, layer scale": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2"),
+    "stem, init, layer scale, Muon": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2", "optimizer=muon"),
     "learning rate / 2": ("base_lr=1e-3",),
     "learning rate x 2": ("base_lr=4e-3",),
+    "steps instead of the cosine": ("schedule=steps",),
     "gradient clipping": ("clip_grad=1.0",),
     "Muon": ("optimizer=muon",),
     "batch 32": ("batch_size=32",),
@@ -69,8 +72,8 @@ LEVERS = {
     "crops of 60% and more": ("crop_scale=(0.6, 1.0)",),
     "CutMix": ("cutmix=1.0",),
     "Mixup": ("mixup=0.2",),
-    "stem, init, layer scale": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2"),
-    "stem, init, layer scale, Muon": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2", "optimizer=muon"),
+    "half the width, 8 epochs": ("dims=(20, 40, 80, 160)", "epochs=8"),
+    "half the depth, 8 epochs": ("depths=(1, 1, 3, 1)", "epochs=8"),
 }
 
 # The two ends of the road, and the two recipes: which of them brings the gain?

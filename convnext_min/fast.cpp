@@ -1,6 +1,6 @@
-// What a ConvNeXt block computes around its two matrix products, and BatchNorm and ReLU, each in one pass over the memory.
-// Compiled by compiled.py with -DT=float, or for autocast -DT=bf16: T is what the matrix products read and write; the
-// rest is float.
+// What a ConvNeXt block computes around its two matrix products, each in one pass over the memory. Compiled by
+// compiled.py, with -DT=float, or for autocast with -DT=bf16: T is what the matrix products read and write; the rest is
+// float.
 // Arrays are channels-last: rows are pixels, columns the C channels. Sums over rows come in `parts`, each of which one
 // thread fills, and are added by the caller, so that results do not depend on the number of threads.
 #include <algorithm>
@@ -163,64 +163,6 @@ void scale_add_back(i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, con
         d[c] = value;
       }
     }
-}
-
-// Of each channel the sum of what is beyond its first value, and of the squares of that.
-void batch_sums(i64 parts, i64 rows, i64 C, const T* x, float* sums, float* squares) {
-#pragma omp parallel for
-  for (i64 part = 0; part < parts; part++)
-    for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
-      const T* u = x + r * C;
-      float *sum = sums + part * C, *square = squares + part * C;
-#pragma omp simd
-      for (i64 c = 0; c < C; c++) {
-        float value = u[c] - x[c];
-        sum[c] += value;
-        square[c] += value * value;
-      }
-    }
-}
-
-// Of each channel the sum of dy, and of dy * (x - mean).
-void batch_sums_back(i64 parts, i64 rows, i64 C, const T* dy, const T* x, const float* mean, float* sums, float* dots) {
-#pragma omp parallel for
-  for (i64 part = 0; part < parts; part++)
-    for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
-      const T *g = dy + r * C, *u = x + r * C;
-      float *sum = sums + part * C, *dot = dots + part * C;
-#pragma omp simd
-      for (i64 c = 0; c < C; c++) {
-        float value = g[c];
-        sum[c] += value;
-        dot[c] += value * (u[c] - mean[c]);
-      }
-    }
-}
-
-void scale_shift(i64 rows, i64 C, const T* x, const float* scale, const float* shift, T* y) {
-#pragma omp parallel for
-  for (i64 r = 0; r < rows; r++) {
-    const T* u = x + r * C;
-    T* v = y + r * C;
-#pragma omp simd
-    for (i64 c = 0; c < C; c++) v[c] = u[c] * scale[c] + shift[c];
-  }
-}
-
-void scale_add_shift(i64 rows, i64 C, const T* a, const T* b, const float* scale_a, const float* scale_b,
-                     const float* shift, T* y) {
-#pragma omp parallel for
-  for (i64 r = 0; r < rows; r++) {
-    const T *u = a + r * C, *w = b + r * C;
-    T* v = y + r * C;
-#pragma omp simd
-    for (i64 c = 0; c < C; c++) v[c] = u[c] * scale_a[c] + w[c] * scale_b[c] + shift[c];
-  }
-}
-
-void relu_back(i64 n, const T* dy, const T* y, T* dx) {
-#pragma omp parallel for simd
-  for (i64 i = 0; i < n; i++) dx[i] = float(y[i]) > 0 ? float(dy[i]) : 0.f;
 }
 
 }  // extern "C"

@@ -4,8 +4,8 @@
 
 PyTorch computes the weight gradient of a depthwise convolution several times more slowly than its forward pass, and
 most of the rest of a step, beside the matrix products, is memory traffic: each operation between them reads and writes
-the whole activation. `accelerate` gives depthwise convolutions another backward pass and norms and activations
-fewer passes over the memory, in any model, and computes a ConvNeXt block as one operation (fast.cpp, `fast_layers`).
+the whole activation. `accelerate` gives depthwise convolutions and GELU another backward pass, in any model, and
+computes a ConvNeXt block as one operation, whose parts are single passes over the memory (fast.cpp).
 """
 
 import ctypes
@@ -20,11 +20,9 @@ from torch.autograd.function import once_differentiable
 from convnext_min import blocks, convnext
 from convnext_min.compiled import PARTS, able, autocast_dtype, run
 from convnext_min.fast_layers import (
-    FastBatchNorm,
     FastDepthwise,
     FastGELU,
     FastPatchify,
-    FastReLU,
     depthwise_input_grad,
     depthwise_weight_grad,
     is_patchify,
@@ -125,8 +123,6 @@ class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
 REPLACED = {
     convnext.Block: FastBlock,
     blocks.ConvNeXtBlock: FastRoadBlock,
-    nn.BatchNorm2d: FastBatchNorm,
-    nn.ReLU: FastReLU,
     nn.GELU: FastGELU,
 }
 PARTS_OF_BLOCK = (FastDepthwise, nn.LayerNorm, convnext.LayerNorm, nn.Linear, nn.Conv2d, FastGELU)
@@ -135,7 +131,7 @@ PARTS_OF_BLOCK = (FastDepthwise, nn.LayerNorm, convnext.LayerNorm, nn.Linear, nn
 def accelerate(model: nn.Module) -> nn.Module:
     """Make `model` train faster on a CPU, in place, and return it: parameters, state dict and function stay.
 
-    Every plain depthwise and patchify convolution, BatchNorm, ReLU and GELU is replaced, in any model: those here,
+    Every plain depthwise and patchify convolution and every GELU is replaced, in any model: those here,
     timm's, torchvision's; of ours also the ConvNeXt blocks. Only the class of the modules changes, so hooks,
     optimizers, copies and pickles go on working. Without gradients (inference), on another device than the CPU, in
     float64, under torch.compile and without a C++ compiler the modules compute what they did before.

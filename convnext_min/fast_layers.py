@@ -97,94 +97,9 @@ class FastPatchify(nn.Conv2d):
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class BatchNormFunction(Function):
-    """BatchNorm by the statistics of the batch: x (N, C, H, W) to the same, and the mean and variance, both (C,).
-
-    Two passes over the memory on the way forward, and two on the way back, each of which reads a value once.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        rows, c = x.numel() // x.shape[1], x.shape[1]
-        x = x.contiguous(memory_format=torch.channels_last)
-        sums = torch.zeros(2, PARTS, c)
-        run(x.dtype, "batch_sums", PARTS, rows, c, x, *sums)
-        first = x[0, :, 0, 0].double()  # the sums are of the distances to it, so that they lose no digits
-        shift, square = sums.double().sum(1) / rows
-        mean, variance = (first + shift).float(), (square - shift**2).clamp(min=0).float()
-        inverse = (variance + eps).rsqrt()
-        y = torch.empty_like(x)
-        run(x.dtype, "scale_shift", rows, c, x, scale := weight * inverse, bias - mean * scale, y)
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.mark_non_differentiable(mean, variance)
-        return y, mean, variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        x, weight, mean, inverse = ctx.saved_tensors
-        rows, c = x.numel() // x.shape[1], x.shape[1]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        sums = torch.zeros(2, PARTS, c)
-        run(x.dtype, "batch_sums_back", PARTS, rows, c, grad, x, mean, *sums)
-        d_bias, dot = sums.sum(1)
-        scale = weight * inverse
-        slope = -scale * inverse**2 * dot / rows  # of x in its own gradient, through the statistics
-        d_x = torch.empty_like(x)
-        run(x.dtype, "scale_add_shift", rows, c, grad, x, scale, slope, -scale * d_bias / rows - slope * mean, d_x)
-        return d_x, dot * inverse, d_bias, None
-
-
-class FastBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that trains through `BatchNormFunction`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        tracked = self.track_running_stats and self.momentum is not None
-        if not (self.training and tracked and self.affine and able(x.dtype, x, self.weight, self.bias)):
-            return super().forward(x)
-        rows = x.numel() // x.shape[1]
-        if x.shape[1] != self.num_features or rows < 2:
-            return super().forward(x)  # which says what is wrong
-        y, mean, variance = BatchNormFunction.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (rows / (rows - 1)), self.momentum)
-        return y
-
-
 def _is_dense(x: Tensor) -> bool:
     """Whether its values lie one after the other, in whatever order."""
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-class ReLUFunction(Function):
-    """max(x, 0); the gradient in one pass."""
-
-    @staticmethod
-    def forward(ctx, x, inplace):
-        if inplace:
-            ctx.mark_dirty(x)
-        y = x.relu_() if inplace else x.relu()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        d_x = torch.empty_like(y)
-        grad = grad if grad.stride() == y.stride() else torch.empty_like(y).copy_(grad)
-        run(y.dtype, "relu_back", y.numel(), grad, y, d_x)
-        return d_x, None
-
-
-class FastReLU(nn.ReLU):
-    """ReLU that trains through `ReLUFunction`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        able_to = _is_dense(x) and able(x.dtype, x)
-        return ReLUFunction.apply(x, self.inplace) if able_to else super().forward(x)
 
 
 class GELUFunction(Function):

@@ -204,53 +204,16 @@ def test_processes_that_start_together_do_not_disturb_each_other():
     assert [process.wait() for process in started] == [0, 0]
 
 
-LAYERS = {
-    "BatchNorm": lambda chans: nn.BatchNorm2d(chans, momentum=0.3),
-    "ReLU": lambda chans: nn.ReLU(),
-    "ReLU in place": lambda chans: nn.Sequential(nn.Identity(), nn.BatchNorm2d(chans), nn.ReLU(inplace=True)),
-    "GELU": lambda chans: nn.GELU(),
-}
-
-
 @pytest.mark.parametrize("layout", ["NCHW", "channels-last", "crop"])
 @pytest.mark.parametrize("shape", [(1, 3, 5, 4), (4, 40, 9, 7)], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
-def test_norms_and_activations_have_autograds_gradients(name, shape, layout):
+def test_gelu_has_autograds_gradient(shape, layout):
     torch.manual_seed(0)
-    x = 5 + 3 * torch.randn(*shape[:2], shape[2] + 2, shape[3] + 2)
-    x = x[..., 1:-1, 1:-1]
+    x = 3 * torch.randn(*shape[:2], shape[2] + 2, shape[3] + 2)[..., 1:-1, 1:-1]
     formats = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
     x = x.contiguous(memory_format=formats[layout]) if layout in formats else x
-    plain = spread(LAYERS[name](shape[1]))
-    ours, exact = fast.accelerate(copy.deepcopy(plain)), copy.deepcopy(plain).double()
-    right, got = gradients(exact, x.double()), gradients(ours, x)
-    assert_same(got, right)
-    for buffer, expected in zip(ours.buffers(), exact.buffers(), strict=True):
-        assert torch.allclose(buffer.double(), expected.double(), rtol=1e-5)
-    assert torch.equal(ours.eval()(x), copy.deepcopy(ours).eval()(x))
-    restored, plain = fast.restore(ours).eval(), plain.eval()
-    plain.load_state_dict(restored.state_dict())
-    assert torch.equal(restored(x), plain(x))
-
-
-def test_batch_norm_far_from_zero_keeps_its_digits():
-    x = 1000 + torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    right = nn.BatchNorm2d(4).double()(x.double())
-    assert (fast.accelerate(nn.BatchNorm2d(4))(x) - right).abs().max() < 1e-3  # x itself is known to 6e-5
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4, track_running_stats=False)])
-def test_a_batch_norm_of_another_kind_stays_as_it_is(norm):
-    x = torch.randn(2, 4, 5, 5)
-    right = gradients(copy.deepcopy(norm), x)
-    assert_same(gradients(fast.accelerate(norm), x), right, 0)
-
-
-def test_batch_norm_says_what_is_wrong():
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fast.accelerate(nn.BatchNorm2d(4))(torch.randn(1, 4, 1, 1))
-    with pytest.raises(RuntimeError, match="running_mean should contain 5 elements"):
-        fast.accelerate(nn.BatchNorm2d(4))(torch.randn(2, 5, 3, 3))
+    assert_same(gradients(fast.accelerate(nn.GELU()), x), gradients(nn.GELU(), x.double()))
+    tanh = nn.GELU("tanh")  # another function, left alone
+    assert_same(gradients(fast.accelerate(tanh), x), gradients(nn.GELU("tanh"), x), 0)
 
 
 @pytest.mark.parametrize("slug", ["resnet50", "inverted", "gelu", "convnext"])
