@@ -216,14 +216,12 @@ def test_gelu_has_autograds_gradient(shape, layout):
     assert_same(gradients(fast.accelerate(tanh), x), gradients(nn.GELU("tanh"), x), 0)
 
 
-@pytest.mark.parametrize("slug", ["resnet50", "inverted", "gelu", "convnext"])
-def test_steps_of_the_road_learn_as_the_plain_ones(slug):
+@pytest.mark.parametrize("slug", ["depthwise", "inverted", "gelu", "convnext"])
+def test_steps_of_the_road_have_the_plain_ones_gradients(slug):
     torch.manual_seed(0)
-    plain, x = build(slug, num_classes=3, width_multiplier=0.1).train(), torch.randn(4, 3, 64, 64)
-    exact, ours = copy.deepcopy(plain).double(), fast.accelerate(copy.deepcopy(plain))
-    right = gradients(exact, x.double())
-    errors = [[((a - b).norm() / b.norm()).item() for a, b in zip(gradients(m, x), right)] for m in (plain, ours)]
-    assert sum(errors[1]) < 2 * sum(errors[0])  # BatchNorm of few values magnifies every rounding: the plain one's too
+    model, x = build(slug, num_classes=3, width_multiplier=0.1).eval(), torch.randn(2, 3, 64, 64)
+    right = gradients(copy.deepcopy(model).double(), x.double())
+    assert_same(gradients(fast.accelerate(model), x), right, 1e-4)
 
 
 def test_the_blocks_at_the_end_of_the_road_are_computed_as_one_operation(monkeypatch):
