@@ -1,9 +1,9 @@
 """Many training runs that answer one question: `python -m convnext_min.experiments road --data DIR --output DIR`.
 
 An experiment is a list of `Trial`s. Every trial and seed is one `convnext_min.train` in a process of its own, resumed
-if it was interrupted, and one row of runs.csv when it is done; summary.csv and card.json follow from the rows, and
-answers.npz holds what each run said of each image. A run that another experiment in the same folder has made is taken
-from there.
+if it was interrupted, and one row of runs.csv when it is done; summary.csv and card.json follow from the rows. What a
+run logged is in curves.csv, what it said of each image in answers.npz. A run that another experiment in the same folder
+has made is taken from there.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -74,6 +74,8 @@ LEVERS = {
     "Mixup": ("mixup=0.2",),
     "half the width, 8 epochs": ("dims=(20, 40, 80, 160)", "epochs=8"),
     "half the depth, 8 epochs": ("depths=(1, 1, 3, 1)", "epochs=8"),
+    "learning rate x 40": ("base_lr=0.08",),  # what happened in the release's issue 39, also on Imagenette
+    "average longer than the run": ("ema_horizon=None",),
 }
 
 # The two ends of the road, and the two recipes: which of them brings the gain?
@@ -180,10 +182,16 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def run_trial(
-    trial: Trial, seed: int, data: str | None, output: Path, threads: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Train in a process of its own, in `output`/work: the row of the run, and its answers beside the labels.
+class Made(NamedTuple):
+    """What a run leaves: its row, its answers beside the labels, and the rows of its log."""
+
+    row: dict[str, Any]
+    answers: dict[str, np.ndarray]
+    curve: list[dict[str, Any]]
+
+
+def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: int) -> Made:
+    """Train in a process of its own, in `output`/work.
 
     Raises RuntimeError if that fails.
     """
@@ -220,18 +228,22 @@ def run_trial(
         "cpu": summary["machine"]["cpu"],
         "threads": threads,
     }
-    return row, {key(trial.name, seed): answers["answers"].astype(np.uint8), "labels": answers["labels"]}
+    answers = {key(trial.name, seed): answers["answers"].astype(np.uint8), "labels": answers["labels"]}
+    curve = [{"trial": trial.name, "seed": seed} | point for point in read_rows(folder / "log.csv")]
+    return Made(row, answers, curve)
 
 
-def made_elsewhere(trial: Trial, seed: int, output: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def made_elsewhere(trial: Trial, seed: int, output: Path) -> Made | None:
     """The same run out of another experiment's results in `output`, as `run_trial` returns it, if there is one."""
     options = shlex.join(trial.options(seed))
     for path in sorted(output.glob("*/runs.csv")):
         for row in read_rows(path):
             if row["options"] == options and json.loads(row["recipe"]) == trial.values():
                 answers = read_answers(path.with_name("answers.npz"))
-                own = answers[key(row["trial"], seed)]
-                return row | {"trial": trial.name}, {key(trial.name, seed): own, "labels": answers["labels"]}
+                own = {key(trial.name, seed): answers[key(row["trial"], seed)], "labels": answers["labels"]}
+                run, curves = (row["trial"], str(seed)), read_rows(path.with_name("curves.csv"))
+                curve = [point | {"trial": trial.name} for point in curves if (point["trial"], point["seed"]) == run]
+                return Made(row | {"trial": trial.name}, own, curve)
     return None
 
 
@@ -244,13 +256,13 @@ def run(name: str, output: Path, seeds: int, data: str | None = None, workers: i
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = list(read_rows(folder / "runs.csv"))
-    answers = read_answers(folder / "answers.npz")
+    answers, curves = read_answers(folder / "answers.npz"), read_rows(folder / "curves.csv")
     done = {(row["trial"], int(row["seed"])) for row in rows}
     jobs = [(trial, seed) for seed in range(seeds) for trial in EXPERIMENTS[name] if (trial.name, seed) not in done]
     threads = max(1, (os.cpu_count() or 1) // workers)
     failures = []
 
-    def make(trial: Trial, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def make(trial: Trial, seed: int) -> Made:
         return made_elsewhere(trial, seed, output) or run_trial(trial, seed, data, folder, threads)
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=name, unit="run") as bar:
@@ -259,13 +271,15 @@ def run(name: str, output: Path, seeds: int, data: str | None = None, workers: i
             for future in as_completed(futures):
                 bar.update()
                 try:
-                    row, given = future.result()
+                    made = future.result()
                 except RuntimeError as error:
                     failures.append(str(error))
                     continue
-                rows.append(row)
-                answers |= given
+                rows.append(made.row)
+                answers |= made.answers
+                curves += made.curve
                 write_answers(answers, folder / "answers.npz")
+                write_rows(curves, folder / "curves.csv")
                 write_rows(rows, folder / "runs.csv")
                 write_rows(summarize(rows), folder / "summary.csv")
                 write_json(card(name, rows), folder / "card.json")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from convnext_min import data, experiments, recipes, train
-from convnext_min.experiments import Trial
+from convnext_min.experiments import Made, Trial
 
 TINY = ("epochs=1", "batch_size=4", "base_batch=4", "image_size=32", "resolution=32", "progressive=()")
 TINY += ("eval_resolution=32", "depths=(1,1,1,1)", "dims=(8,8,8,8)", "evaluate_every=0")
@@ -54,7 +54,7 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_p
 
     made = []
     monkeypatch.setattr(
-        experiments, "run_trial", lambda trial, seed, *_: made.append((trial.name, seed)) or (first[0], {})
+        experiments, "run_trial", lambda trial, seed, *_: made.append((trial.name, seed)) or Made(first[0], {}, [])
     )
     experiments.run("made", output, seeds=2, data=str(root))
     assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
@@ -67,6 +67,8 @@ def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, t
     answers = experiments.read_answers(tmp_path / "made" / "answers.npz")
     assert answers["a/0"].shape == (20,)
     assert 100 * (answers["a/0"] == answers["labels"]).mean() == pytest.approx(row["top1"], abs=1e-3)
+    (point,) = rows(tmp_path / "made" / "curves.csv")  # of the one epoch
+    assert (point["trial"], point["seed"], int(point["step"])) == ("a", "0", row["steps"])
 
 
 def test_a_run_of_another_experiment_is_taken_from_there(experiment, root, tmp_path, monkeypatch):
@@ -79,6 +81,7 @@ def test_a_run_of_another_experiment_is_taken_from_there(experiment, root, tmp_p
     taken, new = experiments.run("second", tmp_path, seeds=1, data=str(root))
     assert {k: str(v) for k, v in made.items()} == taken | {"trial": "x"} and new["trial"] == "y"
     answers = experiments.read_answers(tmp_path / "second" / "answers.npz")
+    assert [point["trial"] for point in rows(tmp_path / "second" / "curves.csv")] == ["also x", "y"]
     assert (answers["also x/0"] == experiments.read_answers(tmp_path / "first" / "answers.npz")["x/0"]).all()
     monkeypatch.setattr(Trial, "values", lambda self: {"a recipe that": "has changed since"})
     assert experiments.made_elsewhere(same, 0, tmp_path) is None
