@@ -52,10 +52,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def able(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
-    """Whether fast.cpp can and should compute: in training, with plain tensors of known types, nothing traced."""
+    """Whether fast.cpp can and should compute: plain tensors of known types on a CPU, nothing traced."""
     return (
-        torch.is_grad_enabled()
-        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
+        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
         and all(t.dtype == torch.float32 for t in weights)
         and dtype in TYPES
         and x.dtype in TYPES

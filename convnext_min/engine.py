@@ -43,6 +43,7 @@ class Setup:
 
     per_device_batch: int | None = None  # images of a process at a time; None: all that it gets of a batch
     compile: bool = False
+    accelerate: bool = True  # on a CPU, without `compile`: see `fast`
     checkpoint_activations: bool = False
     fsdp: bool = False  # the network split over the processes, instead of a copy in each
     save_every: str = ""  # besides the end of each epoch: "500" steps, "15m" minutes
@@ -141,7 +142,7 @@ class Run:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it exists for GPUs only
         self.model = model
         self._check_outputs(name, classes)
-        self.accelerated = self.device.type == "cpu" and not self.setup.compile
+        self.accelerated = self.setup.accelerate and self.device.type == "cpu" and not self.setup.compile
         if self.accelerated:
             fast.accelerate(model)
         self.ema = None

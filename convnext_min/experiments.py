@@ -51,13 +51,20 @@ class Trial:
 
 # One choice of the plain small-data recipe made differently at a time. Judged by a tenth of the training images, held
 # out, so that the validation images say how good the result is and not how well it was picked.
+_THREE = ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2")
+_FOUR = (*_THREE, "optimizer=muon")
 LEVERS = {
     "plain": (),
     "layer scale 0.2": ("layer_scale_init=0.2",),
     "fan-in init": ("init=fan_in",),
     "overlapping stem": ("stem=overlapping",),
-    "stem, init, layer scale": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2"),
-    "stem, init, layer scale, Muon": ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2", "optimizer=muon"),
+    "stem, init, layer scale": _THREE,
+    "stem, init, layer scale, Muon": _FOUR,
+    "these four, learning rate / 2": (*_FOUR, "base_lr=1e-3"),
+    "these four, learning rate x 2": (*_FOUR, "base_lr=4e-3"),
+    "these four, batch 128": (*_FOUR, "batch_size=128"),
+    "these four, CutMix": (*_FOUR, "cutmix=1.0"),
+    "these four, weight decay x 4": (*_FOUR, "weight_decay=0.2"),
     "learning rate / 2": ("base_lr=1e-3",),
     "learning rate x 2": ("base_lr=4e-3",),
     "steps instead of the cosine": ("schedule=steps",),

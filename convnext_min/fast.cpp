@@ -107,6 +107,19 @@ void bias_gelu(i64 rows, i64 C, T* x, const float* bias, T* y) {
   }
 }
 
+void bias_gelu_in_place(i64 rows, i64 C, T* x, const float* bias) {
+#pragma omp parallel for
+  for (i64 r = 0; r < rows; r++) {
+    T* u = x + r * C;
+#pragma omp simd
+    for (i64 c = 0; c < C; c++) {
+      float value, slope;
+      gelu_of(u[c] + bias[c], value, slope);
+      u[c] = value;
+    }
+  }
+}
+
 void gelu(i64 n, const T* x, T* y, T* dydx) {
 #pragma omp parallel for simd
   for (i64 i = 0; i < n; i++) {

@@ -10,6 +10,7 @@ computes a ConvNeXt block as one operation, whose parts are single passes over t
 
 import ctypes
 import platform
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ from convnext_min.fast_layers import (
 class BlockFunction(Function):
     """A ConvNeXt block, x (N, C, H, W) in float32 to the same, with matrix products in `dtype`: its passes by hand.
 
-    `keep` (N, 1) is what stochastic depth multiplies each image's branch by. The weights of the two linear layers are
+    `forward` with None for `ctx` computes it without what the way back needs. `keep` (N, 1) is what stochastic depth
+    multiplies each image's branch by. The weights of the two linear layers are
     (4C, C) and (C, 4C); `gamma` is (C,). Rows below are the pixels of all images. LayerNorm's weight and bias, `scale`
     and `shift`, are folded into the first linear layer: W (scale * x + shift) + b = (W scale) x + (W shift + b).
     """
@@ -49,15 +51,18 @@ class BlockFunction(Function):
         normed, stds = torch.empty(rows, c, dtype=dtype), torch.empty(rows)
         run(dtype, "normalize", rows, c, eps, conv, normed, stds)
         folded1, cast2 = (weight1 * scale).to(dtype), weight2.to(dtype)
-        slope = normed @ folded1.t()  # what `bias_gelu` takes; it leaves GELU's derivative there
-        hidden = torch.empty_like(slope)
-        run(dtype, "bias_gelu", rows, 4 * c, slope, weight1 @ shift + bias1, hidden)
+        hidden, folded_bias = normed @ folded1.t(), weight1 @ shift + bias1
+        if ctx is None:
+            run(dtype, "bias_gelu_in_place", rows, 4 * c, hidden, folded_bias)
+        else:
+            slope, hidden = hidden, torch.empty_like(hidden)
+            run(dtype, "bias_gelu", rows, 4 * c, slope, folded_bias, hidden)  # `slope` becomes GELU's derivative
         branch = hidden @ cast2.t()
         y = torch.empty_like(x)
         run(dtype, "scale_add", rows, c, h * w, x, branch, bias2, gamma, keep, y)
-        ctx.save_for_backward(
-            x, normed, stds, slope, hidden, branch, kernel, scale, shift, weight1, folded1, cast2, bias2, gamma, keep
-        )
+        if ctx is not None:
+            kept = x, normed, stds, slope, hidden, branch, kernel, scale, shift, weight1, folded1, cast2, bias2
+            ctx.save_for_backward(*kept, gamma, keep)
         return y
 
     @staticmethod
@@ -108,7 +113,8 @@ class _Fast:
         gamma = torch.ones_like(weights[-1]) if gamma is None else gamma
         keep = self.drop_path(torch.ones(len(x), 1))
         weights[4], weights[6] = weights[4].flatten(1), weights[6].flatten(1)  # a 1x1 convolution's has four axes
-        return BlockFunction.apply(dtype, self.norm.eps, x.float(), *weights, gamma, keep)
+        compute = BlockFunction.apply if torch.is_grad_enabled() else partial(BlockFunction.forward, None)
+        return compute(dtype, self.norm.eps, x.float(), *weights, gamma, keep)
 
 
 class FastBlock(_Fast, convnext.Block):
@@ -133,8 +139,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Every plain depthwise and patchify convolution and every GELU is replaced, in any model: those here,
     timm's, torchvision's; of ours also the ConvNeXt blocks. Only the class of the modules changes, so hooks,
-    optimizers, copies and pickles go on working. Without gradients (inference), on another device than the CPU, in
-    float64, under torch.compile and without a C++ compiler the modules compute what they did before.
+    optimizers, copies and pickles go on working. Without gradients (inference) only the blocks are computed otherwise.
+    On another device than the CPU, in float64, under torch.compile and without a C++ compiler all is as it was.
     """
     keep_freed_memory()
     for module in model.modules():

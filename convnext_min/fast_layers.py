@@ -86,7 +86,8 @@ class FastPatchify(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x)
-        if not able(dtype, x, self.weight, self.bias) or x.shape[1] != self.in_channels:
+        training = torch.is_grad_enabled()
+        if not (training and able(dtype, x, self.weight, self.bias)) or x.shape[1] != self.in_channels:
             return super().forward(x)
         down, across = self.kernel_size
         rows, columns = x.shape[2] // down, x.shape[3] // across
@@ -122,7 +123,8 @@ class FastGELU(nn.GELU):
     """GELU that trains through `GELUFunction`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        able_to = self.approximate == "none" and _is_dense(x) and able(x.dtype, x)
+        plain = self.approximate != "none" or not torch.is_grad_enabled()
+        able_to = not plain and _is_dense(x) and able(x.dtype, x)
         return GELUFunction.apply(x) if able_to else super().forward(x)
 
 

@@ -363,6 +363,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     machine.add_argument("--per-device-batch", type=int, metavar="N", help="images of a process at a time, for memory")
     machine.add_argument("--checkpoint-activations", action="store_true", help="less memory for a third more time")
     machine.add_argument("--fsdp", action="store_true", help="split the network over the processes of torchrun")
+    machine.add_argument("--no-accelerate", dest="accelerate", action="store_false", help="PyTorch's own step on a CPU")
     machine.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster on a GPU")
     left = parser.add_argument_group("what it leaves")
     left.add_argument("--output", help="folder for it; without it a new one in runs/")

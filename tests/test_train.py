@@ -19,7 +19,7 @@ from torch import nn
 
 from convnext_min import engine, recipes, records, train
 from convnext_min.data import Batches, ImageSet, offline_sample
-from convnext_min.engine import Run, parameter_groups
+from convnext_min.engine import Run, Setup, parameter_groups
 from convnext_min.fast import FastDepthwise
 from convnext_min.recipes import Recipe
 
@@ -141,6 +141,9 @@ def test_on_a_cpu_depthwise_convolutions_are_accelerated(images):
     run = new_run(TINY, images)
     assert isinstance(run.model.stages[0][0].dwconv, FastDepthwise)
     assert "accelerated" in str(run)
+    plain = new_run(TINY, images, setup=Setup(accelerate=False))
+    assert type(plain.model.stages[0][0].dwconv) is nn.Conv2d
+    assert "accelerated" not in str(plain)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(images):
