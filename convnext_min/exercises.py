@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -417,6 +418,57 @@ def check_folded_layer_scale(answer) -> None:
         expect(block(x), right, "what the block that was given computes afterwards")
         expect(folded(x), right, "what the folded block computes", 1e-4)
     solved("layer scale costs nothing once training is over")
+
+
+# 08 Training on Imagenette
+
+
+def check_times_the_rule(answer) -> None:
+    """Exercise 8.1: how many times the rate of the paper's rule for its batch a learning rate is."""
+    for rate, batch in ((4e-2, 1024), (2e-3, 64), (4e-3, 4096), (1e-4, 512)):
+        right = rate / Recipe(batch_size=batch).lr
+        expect(answer(rate, batch), right, f"times_the_rule({rate:g}, {batch})", 1e-6, reveal=False)
+    solved("40 times too much for the issue; 32 times the rule is what this chapter trains with, in far fewer steps")
+
+
+def check_decay_for(answer) -> None:
+    """Exercise 8.2: the decay that leaves a share of the initial weights in an average after a number of steps."""
+    for steps, share in ((665, 0.01), (2700, 0.01), (93_600, 0.0001), (10, 0.5)):
+        right = share ** (1 / steps)
+        expect(answer(steps, share), right, f"decay_for({steps}, {share})", 1e-9, reveal=False)
+    solved("the longer the run, the slower the average may be")
+
+
+def check_timed_run(answer) -> None:
+    """Exercise 8.3: the epochs of a timed run whose images grow on the way, and the part of its steps on small ones."""
+    for seconds, until, speeds, images in ((160, 0.6, (500, 290), 9469), (600, 0.25, (1000, 250), 5000)):
+        small, large = seconds * until * speeds[0], seconds * (1 - until) * speeds[1]
+        pair = answer(seconds, until, speeds, images)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise AssertionError(f"the answer is a pair (epochs, part), got {pair}")
+        asked = f"of timed_run({seconds}, {until}, {speeds}, {images})"
+        expect(pair[0], (small + large) / images, f"epochs {asked}", 1e-6, reveal=False)
+        expect(pair[1], small / (small + large), f"part {asked}", 1e-6, reveal=False)
+    solved("small images pass faster, so that they are a larger part of the steps than of the time")
+
+
+def check_stubborn(answer) -> None:
+    """Exercise 8.4: the images that all runs get wrong in the same way."""
+    generator = np.random.default_rng(0)
+    for runs, images in ((2, 50), (4, 2000)):
+        labels = generator.integers(10, size=images).astype(np.uint16)
+        answers = generator.integers(10, size=(runs, images)).astype(np.uint16)
+        agreed = generator.random(images) < 0.4
+        answers[:, agreed] = answers[0, agreed]
+        numbers = answer(answers, labels)
+        expect(None if numbers is None else True, True, "stubborn(answers, labels)")
+        right = [i for i in range(images) if len({*answers[:, i]}) == 1 and answers[0, i] != labels[i]]
+        got = sorted(int(number) for number in numbers)
+        if got != right:
+            extra, missed = set(got) - set(right), set(right) - set(got)
+            found = f"{len(extra)} of those returned are not stubborn, and {len(missed)} stubborn ones are missing"
+            raise AssertionError(f"{images} images, {runs} runs: {found}")
+    solved("wrong, and wrong in the same way, in every run")
 
 
 # 11 The full ImageNet recipe

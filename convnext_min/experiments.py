@@ -62,6 +62,7 @@ LEVERS = {
     "stem, init, layer scale, Muon": _FOUR,
     "these four, learning rate / 2": (*_FOUR, "base_lr=1e-3"),
     "these four, learning rate x 2": (*_FOUR, "base_lr=4e-3"),
+    "these four, learning rate x 4": (*_FOUR, "base_lr=8e-3"),
     "these four, batch 128": (*_FOUR, "batch_size=128"),
     "these four, CutMix": (*_FOUR, "cutmix=1.0"),
     "these four, weight decay x 4": (*_FOUR, "weight_decay=0.2"),

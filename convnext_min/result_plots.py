@@ -1,6 +1,7 @@
 """Figures and tables of the committed experiments (book/results), beside the paper's where it has the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import mean
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from convnext_min import analysis, paper, results
 from convnext_min.analysis import BEFORE
 from convnext_min.measure import count_macs
-from convnext_min.plots import BLUE, GREY, INK, ORANGE, Table, figure, table
+from convnext_min.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS, build
 
@@ -123,4 +124,152 @@ def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
     ax.set_xlabel("part of the 9,469 training images")
     ax.set_ylabel("Imagenette top-1 (%)")
     ax.legend()
+    return fig
+
+
+# Training on Imagenette
+
+Row = dict[str, float | None]  # of a run's log; None where nothing was measured
+Runs = Sequence[tuple[str, str]]  # what a run shows, and its folder in book/results/imagenette
+
+
+def _numbers(row: Mapping[str, str]) -> Row:
+    return {name: float(value) if value else None for name, value in row.items()}
+
+
+def log(run: str) -> list[Row]:
+    """The log of a run in book/results/imagenette."""
+    return [_numbers(row) for row in results.rows(f"imagenette/{run}/log.csv")]
+
+
+def curves(experiment: str) -> dict[tuple[str, int], list[Row]]:
+    """The log of each run of an experiment, by trial and seed."""
+    logs: dict[tuple[str, int], list[Row]] = {}
+    for row in results.rows(f"{experiment}/curves.csv"):
+        run = row.pop("trial"), int(row.pop("seed"))
+        logs.setdefault(run, []).append(_numbers(row))
+    return logs
+
+
+def lever_gains(trials: Sequence[str], base: str = "plain") -> Figure:
+    """What each of the trials of `levers` gained over `base`, sorted: its 95% interval, the mean, and a dot a seed."""
+    right = analysis.right_answers("levers")
+    gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
+    order = sorted(trials, key=lambda trial: -gains[trial].value)
+    fig, ax = figure(0.8 + 0.27 * len(order))
+    for y, trial in enumerate(order):
+        value, low, high = gains[trial]
+        seeds = min(len(right[base]), len(right[trial]))
+        by_seed = 100 * (right[trial][:seeds].mean(1) - right[base][:seeds].mean(1))
+        ax.plot([low, high], [y, y], color=BLUE, alpha=0.3, linewidth=6, solid_capstyle="butt")
+        ax.plot(value, y, "|", color=INK, markersize=12, markeredgewidth=1.5)
+        ax.plot(by_seed, np.full(seeds, y), "o", color=BLUE, markersize=5)
+    ax.axvline(0, color=GREY, linewidth=0.8)
+    ax.set_yticks(range(len(order)), order)
+    ax.set_ylim(len(order) - 0.4, -0.6)
+    ax.set_xlabel("points above the plain recipe, held-out images" if base == "plain" else f"points above {base}")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="y", color="#eeeeee")
+    ax.set_axisbelow(True)
+    return fig
+
+
+def lever_table(trials: Sequence[str], base: str = "plain") -> Table:
+    """`base` and trials of `levers`, sorted by their gain over it: top-1 on held-out images, seeds, gain, time."""
+    right = analysis.right_answers("levers")
+    time = {row["trial"]: float(row["cpu_seconds"]) for row in results.rows("levers/summary.csv")}
+    gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
+    rows = []
+    for trial in [base, *sorted(trials, key=lambda trial: -gains[trial].value)]:
+        top1, std = analysis.top1(right[trial])
+        seeds, spread = len(right[trial]), "" if np.isnan(std) else f" ± {std:.1f}"
+        gain = "" if trial == base else str(gains[trial])
+        rows.append((trial, f"{top1:.1f}{spread}", seeds, gain, f"{time[trial] / time[base]:.2f}"))
+    return table(("change", "top-1 (%)", "seeds", f"gain over {base} (points, 95%)", "time"), rows)
+
+
+def timed_table(runs: Runs) -> Table:
+    """Runs of some minutes, those with the same label and minutes as one row: top-1 with its spread, and their length.
+
+    Raises ValueError for runs that were not judged by the same images.
+    """
+    groups: dict[tuple[str, float], list[tuple[dict, Row]]] = {}
+    for label, run in runs:
+        summary = results.values(f"imagenette/{run}/summary.json")
+        groups.setdefault((label, summary["recipe"]["minutes"]), []).append((summary, log(run)[-1]))
+    images = {summary["images"] for made in groups.values() for summary, _ in made}
+    if len(images) > 1:
+        raise ValueError(f"the runs were judged by different numbers of images: {sorted(images)}")
+    rows = []
+    for (label, minutes), made in groups.items():
+        top1 = 100 * np.array([summary["top1"] for summary, _ in made])
+        spread = f" ± {top1.std(ddof=1):.1f}" if len(top1) > 1 else ""
+        epochs, steps = (mean(last[name] for _, last in made) for name in ("epoch", "step"))
+        rows.append((label, f"{minutes:g}", f"{top1.mean():.1f}{spread}", len(made), f"{epochs:.1f}", f"{steps:,.0f}"))
+    return table(("recipe", "minutes", "top-1 (%)", "seeds", "epochs", "steps"), rows)
+
+
+def timed_runs(runs: Runs) -> Figure:
+    """Training loss over the minutes of each run, and its top-1 over those it was given: a colour for each label."""
+    fig, (left, right) = figure(3.2, 2)
+    labels = list(dict.fromkeys(label for label, _ in runs))
+    for label, color in zip(labels, (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)):
+        top1: dict[float, list[float]] = {}  # minutes: of each run
+        for run in (run for other, run in runs if other == label):
+            rows, summary = log(run), results.values(f"imagenette/{run}/summary.json")
+            minutes = [row["seconds"] / 60 for row in rows]
+            left.plot(minutes, [row["train_loss"] for row in rows], color=color, linewidth=1.3)
+            left.plot(minutes[-1], rows[-1]["train_loss"], "o", color=color, markersize=4)
+            top1.setdefault(summary["recipe"]["minutes"], []).append(100 * summary["top1"])
+        length = sorted(top1)
+        right.plot(length, [mean(top1[minutes]) for minutes in length], color=color, linewidth=1)
+        points = [(minutes, value) for minutes in length for value in top1[minutes]]
+        right.plot(*zip(*points), "o", color=color, markersize=5, label=label)
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        ax.minorticks_off()
+        ax.set_xlabel("minutes")
+    left.set_ylabel("training loss")
+    right.set_ylabel("Imagenette top-1 (%)")
+    fig.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return fig
+
+
+def contest_table(*names: str) -> Table:
+    """The outcomes of speed contests (files of book/results/speed): images a second, and how much faster ours is.
+
+    Median and range over the rounds; the ratio is of two speeds in the same round.
+    """
+    rows = []
+    for name in names:
+        outcome = results.values(f"speed/{name}.json")
+        what = "{model}, {resolution} px, {batch_size} images".format(**outcome)
+        for contestant, result in outcome["results"].items():
+            speed, ratio = result["images_per_second"], result["ratio"]
+            speed = f"{speed['median']:.0f} ({speed['low']:.0f}–{speed['high']:.0f})"
+            ratio = (
+                ""
+                if contestant == "convnext_min"
+                else f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+            )
+            rows.append((what, contestant, speed, ratio, result["setting"]))
+            what = ""
+    return table(("model", "implementation", "images/s", "ours / theirs", "its fastest setting"), rows)
+
+
+def confusions(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) -> Figure:
+    """How many images of each class (rows) were given each answer (columns); `labels` and `answers` are (images,)."""
+    counts = np.zeros((len(classes), len(classes)), int)
+    np.add.at(counts, (labels, answers), 1)
+    fig, ax = figure(4.6)
+    ax.imshow(counts, cmap="Blues", vmin=0, vmax=max(1, counts.max()))
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            ax.text(column, row, count, ha="center", va="center", color="white" if 2 * count > counts.max() else INK)
+    ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.tick_params(length=0)
+    ax.set(xlabel="answer", ylabel="class")
     return fig
