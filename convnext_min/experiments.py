@@ -65,6 +65,7 @@ LEVERS = {
     "these four, learning rate x 4": (*_FOUR, "base_lr=8e-3"),
     "these four, learning rate x 8": (*_FOUR, "base_lr=1.6e-2"),
     "these four, learning rate x 16": (*_FOUR, "base_lr=3.2e-2"),
+    "Muon, learning rate x 8": ("optimizer=muon", "base_lr=1.6e-2"),
     "these four, batch 128": (*_FOUR, "batch_size=128"),
     "these four, CutMix": (*_FOUR, "cutmix=1.0"),
     "these four, weight decay x 4": (*_FOUR, "weight_decay=0.2"),
