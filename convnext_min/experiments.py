@@ -119,6 +119,8 @@ ADDED = {
 TRIED = ("resnet50", "inverted", "gelu", "convnext")
 RATES = (1e-3, 2e-3, 4e-3)
 
+# Why a small road may go another way than the paper's: "init" asks whether its initial weights, which shrink a narrow
+# network's signal where no norm restores it, hold back the steps with few norms.
 EXPERIMENTS = {
     "rates": [
         Trial(f"{step}, {rate:g}", f"road:{step}", "road", (f"base_lr={rate}", "epochs=5"), ("--holdout",))
@@ -130,6 +132,11 @@ EXPERIMENTS = {
     "grid": [Trial(f"{end}, {name}", f"road:{end}", name) for end in ENDS for name in ("road-classic", "road")],
     "when": [
         Trial(f"{end}, {name}", f"road:{end}", "road", changes) for name, changes in CONDITIONS.items() for end in ENDS
+    ],
+    "init": [
+        Trial(f"{step}, {init}", f"road:{step}", "road", (f"init={init}",) if init == "fan_in" else ())
+        for step in ("resnet50", "fewer_norms", "layer_norm", "convnext")
+        for init in ("paper", "fan_in")
     ],
     "ablate": [Trial(name, "convnext_atto", "imagenette", changes) for name, changes in ADDED.items()],
 }
