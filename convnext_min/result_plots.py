@@ -231,9 +231,10 @@ def timed_runs(runs: Runs) -> Figure:
         ax.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
         ax.minorticks_off()
         ax.set_xlabel("minutes")
+    right.set_xlim(2.4, 38)
     left.set_ylabel("training loss")
     right.set_ylabel("Imagenette top-1 (%)")
-    fig.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    fig.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 

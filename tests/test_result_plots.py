@@ -1,0 +1,208 @@
+"""Tables and figures of results say what the files say."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from convnext_min import recipes, result_plots, results
+from convnext_min.measure import count_macs, count_parameters
+from convnext_min.roadmap import STEPS, build
+
+IMAGES = 200
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def levers(folder):
+    """Of 200 images the plain runs get 100 right, a good change 140 with two seeds and 138, a bad one 90."""
+    labels = np.arange(IMAGES) % 10
+    right = {("plain", 0): 100, ("plain", 1): 100, ("good", 0): 140, ("good", 1): 138, ("bad", 0): 90}
+    answers = {
+        f"{trial}/{seed}": np.where(np.arange(IMAGES) < n, labels, labels + 1) for (trial, seed), n in right.items()
+    }
+    write_csv(folder / "levers" / "runs.csv", [{"trial": trial, "seed": seed} for trial, seed in right])
+    np.savez(folder / "levers" / "answers.npz", labels=labels, **answers)
+    times = {"plain": 100, "good": 150, "bad": 100}
+    write_csv(folder / "levers" / "summary.csv", [{"trial": t, "cpu_seconds": s} for t, s in times.items()])
+    points = [{"step": 10, "top1": ""}, {"step": 20, "top1": 0.5}]
+    curves = [{"trial": trial, "seed": seed} | point for trial, seed in right for point in points]
+    write_csv(folder / "levers" / "curves.csv", curves)
+
+
+def test_curves_are_numbers_by_trial_and_seed(levers):
+    logs = result_plots.curves("levers")
+    assert list(logs) == [("plain", 0), ("plain", 1), ("good", 0), ("good", 1), ("bad", 0)]
+    assert logs["good", 1] == [{"step": 10.0, "top1": None}, {"step": 20.0, "top1": 0.5}]
+
+
+def test_levers_are_compared_with_their_base_and_sorted(levers):
+    plain, good, bad = result_plots.lever_table(["bad", "good"]).rows
+    assert plain == ("plain", "50.0 ± 0.0", "2", "", "1.00")
+    assert good[:3] == ("good", "69.5 ± 0.7", "2") and good[3].startswith("+19.5 (") and good[4] == "1.50"
+    assert bad[:3] == ("bad", "45.0", "1") and bad[3].startswith("-5.0 (")
+    base, other = result_plots.lever_table(["bad"], base="good").rows
+    assert base[0] == "good" and other[3].startswith("-25.0 (")  # of the seed that both have
+
+
+def test_every_seed_of_a_lever_is_a_dot(levers):
+    ax = result_plots.lever_gains(["bad", "good"]).axes[0]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["good", "bad"]
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert np.concatenate([line.get_xdata() for line in dots]) == pytest.approx([20, 19, -5])
+    assert [len(line.get_xdata()) for line in dots] == [2, 1]
+
+
+@pytest.fixture
+def runs(folder):
+    made = []
+    for label, run, minutes, top1 in (
+        ("ours", "a", 3, 0.6),
+        ("ours", "b", 3, 0.62),
+        ("ours", "c", 10, 0.7),
+        ("x", "d", 3, 0.4),
+    ):
+        path = folder / "imagenette" / run
+        log = [{"epoch": 1.0, "step": 10, "seconds": 30 * minutes, "train_loss": 2.0, "top1": ""}]
+        log += [
+            {"epoch": minutes * 2.0, "step": minutes * 20, "seconds": 60 * minutes, "train_loss": 1.5, "top1": top1}
+        ]
+        write_csv(path / "log.csv", log)
+        summary = {"recipe": {"minutes": minutes}, "top1": top1, "images": IMAGES}
+        (path / "summary.json").write_text(json.dumps(summary))
+        made.append((label, run))
+    return made
+
+
+def test_runs_with_the_same_label_and_minutes_are_one_row(runs, folder):
+    assert result_plots.timed_table(runs).rows == (
+        ("ours", "3", "61.0 ± 1.4", "2", "6.0", "60"),
+        ("ours", "10", "70.0", "1", "20.0", "200"),
+        ("x", "3", "40.0", "1", "6.0", "60"),
+    )
+    (folder / "imagenette" / "d" / "summary.json").write_text(
+        json.dumps({"recipe": {"minutes": 3}, "top1": 0.4, "images": IMAGES - 1})
+    )
+    with pytest.raises(ValueError, match=r"different numbers of images: \[199, 200\]"):
+        result_plots.timed_table(runs)
+
+
+def test_timed_runs_are_drawn_by_label(runs):
+    fig = result_plots.timed_runs(runs)
+    left, right = fig.axes
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ours", "x"]
+    assert [list(line.get_xdata()) for line in left.lines[::2]] == [[1.5, 3], [1.5, 3], [5, 10], [1.5, 3]]
+    line, dots = right.lines[:2]
+    assert list(line.get_ydata()) == pytest.approx([61, 70]) and list(dots.get_ydata()) == pytest.approx([60, 62, 70])
+
+
+def test_a_contest_has_a_row_for_each_implementation(folder):
+    speed, one = {"median": 297.5, "low": 288.4, "high": 301.0}, {"median": 1.0, "low": 1.0, "high": 1.0}
+    results_ = {
+        "convnext_min": {"images_per_second": speed, "ratio": one, "setting": "bf16, NCHW, eager"},
+        "timm": {
+            "images_per_second": {"median": 129.06, "low": 124.05, "high": 129.6},
+            "ratio": {"median": 2.304, "low": 2.221, "high": 2.342},
+            "setting": "fp32, NCHW, eager",
+        },
+    }
+    (folder / "speed").mkdir()
+    outcome = {"model": "convnext_atto", "resolution": 128, "batch_size": 32, "mode": "train", "results": results_}
+    (folder / "speed" / "train.json").write_text(json.dumps(outcome))
+    assert result_plots.contest_table("train").rows == (
+        ("convnext_atto, 128 px, 32 images", "convnext_min", "298 (288–301)", "", "bf16, NCHW, eager"),
+        ("", "timm", "129 (124–130)", "2.30 (2.22–2.34)", "fp32, NCHW, eager"),
+    )
+
+
+def test_confusions_count_images_of_a_class_by_their_answer():
+    ax = result_plots.confusions(np.array([0, 0, 0, 2]), np.array([1, 1, 2, 0]), ("a", "b", "c")).axes[0]
+    assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
+        ((1, 0), "2"),
+        ((2, 0), "1"),
+        ((0, 2), "1"),
+    }
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
+
+
+# ---- The road
+
+
+@pytest.fixture
+def road(folder):
+    """Runs of every step with two seeds, each step 10 images of 2,000 better than the one before."""
+    labels = np.arange(2000) % 10
+    answers, rows = {}, []
+    for i, step in enumerate(STEPS):
+        for seed in range(2):
+            right = np.arange(2000) < 1000 + 10 * i
+            answers[f"{step}/{seed}"] = np.where(right, labels, labels + 1)
+            rows.append({"trial": step, "seed": seed, "cpu_seconds": 60 * (i + 1)})
+    write_csv(folder / "road" / "runs.csv", rows)
+    np.savez(folder / "road" / "answers.npz", labels=labels, **answers)
+
+
+def test_the_road_is_compared_step_by_step_with_the_paper(road):
+    first, second, *_, last = result_plots.road_results().rows
+    assert first == ("ResNet-50", "50.0 ± 0.0", "2", "", "")
+    assert second[:3] == ("stage ratio", "50.5 ± 0.0", "2") and second[3].startswith("+0.5 (") and second[4] == "+0.54"
+    assert last[0] == "separate downsampling" and last[4] == "+0.50"
+    (gelu,) = result_plots.road_results("gelu").rows
+    assert gelu[3].startswith("+1.5 (") and gelu[4] == "+0.05"  # after kernel 7, three steps earlier
+
+
+def test_bars_of_the_road_are_gains_over_resnet50(road):
+    left, here = result_plots.road_gains().axes
+    widths = [[bar.get_width() for bar in ax.patches] for ax in (left, here)]
+    assert widths[0][-1] == pytest.approx(81.97 - 78.82) and widths[0][0] == 0
+    assert widths[1] == pytest.approx([0.5 * i for i in range(16)])
+
+
+def test_costs_of_the_road_are_those_of_the_small_networks(road):
+    macs, parameters, time = result_plots.road_costs().axes
+    assert list(time.lines[0].get_xdata()) == list(range(1, 17))
+    recipe = recipes.get("road")
+    small = build("resnet50", num_classes=10, width_multiplier=recipe.width_multiplier)
+    assert macs.lines[0].get_xdata()[0] == pytest.approx(count_macs(small, recipe.resolution) / 1e6)
+    assert parameters.lines[0].get_xdata()[0] == pytest.approx(count_parameters(small) / 1e6)
+    assert list(macs.lines[0].get_ydata()) == pytest.approx([50 + 0.5 * i for i in range(16)])
+
+
+def ends(folder, experiment, conditions):
+    """Runs of both ends of the road under each condition, ConvNeXt with 100 of 1,000 images more."""
+    labels, answers, rows = np.zeros(1000), {}, []
+    for i, condition in enumerate(conditions):
+        for end, more in (("resnet50", 0), ("convnext", 100)):
+            rows.append({"trial": f"{end}, {condition}", "seed": 0})
+            answers[f"{end}, {condition}/0"] = (np.arange(1000) >= 400 + 100 * i + more).astype(int)
+    write_csv(folder / experiment / "runs.csv", rows)
+    np.savez(folder / experiment / "answers.npz", labels=labels, **answers)
+
+
+def test_the_grid_has_a_line_for_each_network(folder):
+    ends(folder, "grid", ("road-classic", "road"))
+    ax = result_plots.recipe_grid().axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
+    assert lines == {"ResNet-50": pytest.approx([40, 50]), "ConvNeXt": pytest.approx([50, 60])}
+
+
+def test_fractions_are_drawn_over_the_part_of_the_images(folder):
+    ends(folder, "when", ("10% of the images", "all images"))
+    ax = result_plots.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert list(lines["ConvNeXt"].get_xdata()) == [10, 100]
+    assert list(lines["ConvNeXt"].get_ydata()) == pytest.approx([50, 60])
