@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,18 +266,31 @@ def made_elsewhere(trial: Trial, seed: int, output: Path) -> Made | None:
     return None
 
 
-def run(name: str, output: Path, seeds: int, data: str | None = None, workers: int = 1) -> list[dict[str, Any]]:
+def run(
+    name: str,
+    output: Path,
+    seeds: int,
+    data: str | None = None,
+    workers: int = 1,
+    trials: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
     """Make the runs of an experiment that `output`/`name`/runs.csv does not hold yet, all trials of a seed by turns.
 
-    `workers` runs at a time share the cores. Returns all rows. A failed run is reported at the end, as RuntimeError,
-    when the others are done.
+    `workers` runs at a time share the cores. With `trials`, only those of these names. Returns all rows. Raises
+    ValueError, listing what is valid, for an unknown trial. A failed run is reported at the end, as RuntimeError, when
+    the others are done.
     """
+    known = {trial.name: trial for trial in EXPERIMENTS[name]}
+    for wanted in trials or ():
+        if wanted not in known:
+            raise ValueError(f"{name} has no trial {wanted!r}; valid: {', '.join(known)}")
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = list(read_rows(folder / "runs.csv"))
     answers, curves = read_answers(folder / "answers.npz"), read_rows(folder / "curves.csv")
     done = {(row["trial"], int(row["seed"])) for row in rows}
-    jobs = [(trial, seed) for seed in range(seeds) for trial in EXPERIMENTS[name] if (trial.name, seed) not in done]
+    chosen = [known[wanted] for wanted in trials or known]
+    jobs = [(trial, seed) for seed in range(seeds) for trial in chosen if (trial.name, seed) not in done]
     threads = max(1, (os.cpu_count() or 1) // workers)
     failures = []
 
@@ -330,11 +344,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it Imagenette")
     parser.add_argument("--output", type=Path, default=Path("book/results"), help="the experiment gets a folder in it")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", nargs="+", metavar="NAME", help="only these trials of the experiment")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, with the cores shared among them")
     args = parser.parse_args(argv)
     try:
-        rows = run(args.experiment, args.output, args.seeds, args.data, args.workers)
-    except RuntimeError as error:
+        rows = run(args.experiment, args.output, args.seeds, args.data, args.workers, args.trials)
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     for row in summarize(rows):
         print(f"{row['trial']:<28} {row['top1']:>6.2f} ± {row['std'] or 0:.2f} % ({row['seeds']} seeds)")

@@ -71,6 +71,17 @@ def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, t
     assert (point["trial"], point["seed"], int(point["step"])) == ("a", "0", row["steps"])
 
 
+def test_some_trials_alone(experiment, root, tmp_path, monkeypatch):
+    made = []
+    row = {"trial": "b / c", "top1": "1", "cpu_seconds": "1", "parameters": "1", "seed": "0", "commit": ""}
+    monkeypatch.setattr(experiments, "run_trial", lambda trial, *_: made.append(trial.name) or Made(row, {}, []))
+    monkeypatch.setattr(experiments, "write_rows", lambda *_: None)
+    experiments.run("made", tmp_path, seeds=1, data=str(root), trials=["b / c"])
+    assert made == ["b / c"]
+    with pytest.raises(ValueError, match="made has no trial 'c'; valid: a, b / c"):
+        experiments.run("made", tmp_path, seeds=1, trials=["c"])
+
+
 def test_a_run_of_another_experiment_is_taken_from_there(experiment, root, tmp_path, monkeypatch):
     same, other = (
         Trial(name, "convnext_atto", "imagenette", (*TINY, f"base_lr={lr}")) for name, lr in (("x", 1e-3), ("y", 2e-3))
