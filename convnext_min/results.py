@@ -14,7 +14,7 @@ ADDRESS = "https://raw.githubusercontent.com/convnext-book/convnext-book/main/bo
 
 
 def content(name: str) -> bytes:
-    """The contents of a file, such as "imagenette/3-minutes/log.csv".
+    """The contents of a file, such as "imagenette/3min-seed-0/log.csv".
 
     Raises FileNotFoundError in a checkout that lacks it, OSError if it has to be fetched and cannot be.
     """

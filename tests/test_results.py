@@ -1,12 +1,13 @@
 """Results are found, and what the README says of them is what the files say."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from convnext_min import results
+from convnext_min import recipes, results
 
 ROOT = Path(__file__).parents[1]
 SUMMARIES = sorted((ROOT / "book" / "results" / "imagenette").glob("*/summary.json"))
@@ -22,6 +23,30 @@ def test_the_readme_has_the_accuracies_of_the_runs(path):
 
 
 @pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
+def test_the_recipe_has_what_its_runs_reached(path):
+    run, summary = path.parent.name, json.loads(path.read_text())
+    if run[0].isdigit():  # of a recipe for some minutes
+        header = f"# {run}: {summary['top1']:.1%} after {summary['seconds']:.0f} s and {summary['steps']:,} steps"
+        assert header in Path(recipes.__file__).read_text()
+        recipe = recipes.get(f"imagenette-{summary['recipe']['minutes']}min")
+        assert json.loads(json.dumps(asdict(recipe))) == summary["recipe"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "results" / "speed").glob("*-*.json")), ids=lambda p: p.stem)
+def test_the_readme_has_the_speed_beside_the_fastest_other(path):
+    outcome = json.loads(path.read_text())
+    speeds = {name: result["images_per_second"]["median"] for name, result in outcome["results"].items()}
+    ours = speeds.pop("convnext_min")
+    best = max(speeds, key=speeds.get)
+    ratio = outcome["results"][best]["ratio"]
+    line = "| {model}, {resolution} px, {batch_size} images | ".format(**outcome)
+    line += f"{'training' if outcome['mode'] == 'train' else 'inference'} | {ours:.0f} | {best} | "
+    line += f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
+    assert line in (ROOT / "README.md").read_text()
+    assert set(speeds) == {"official", "timm", "torchvision"} and len(outcome["results"]["timm"]["trials"]) == 8
+
+
+@pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
 def test_a_run_says_how_to_repeat_it(path):
     summary = json.loads(path.read_text())
     assert len(summary["commit"]) == 40 and summary["versions"]["torch"] and summary["machine"]["cores"]
@@ -29,7 +54,7 @@ def test_a_run_says_how_to_repeat_it(path):
 
 
 def test_files_of_a_checkout_are_read_from_it():
-    log, summary = results.rows("imagenette/3-minutes/log.csv"), results.values("imagenette/3-minutes/summary.json")
+    log, summary = results.rows("imagenette/3min-seed-0/log.csv"), results.values("imagenette/3min-seed-0/summary.json")
     assert int(log[-1]["step"]) == summary["steps"]
     with pytest.raises(FileNotFoundError):
         results.text("imagenette/no-such-run/log.csv")
