@@ -11,11 +11,12 @@ import torchvision
 from torch import nn
 
 from convnext_min import blocks, build, convnext, exercises
+from convnext_min.data import Batches, offline_sample
 from convnext_min.exercises import same
 from convnext_min.recipes import Recipe
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-CHAPTERS = {path.stem: path for glob in ("0[1-7]_*.ipynb", "11_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
+CHAPTERS = {path.stem: path for glob in ("0[1-8]_*.ipynb", "11_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
 
 
 def cells(chapter: str, tag: str | None = None) -> list[str]:
@@ -139,3 +140,39 @@ def test_the_solution_of_the_schedule_has_the_papers_values_by_default(capsys):
     recipe = Recipe()
     assert namespace["learning_rate"](20) == recipe.lr == 4e-3
     assert namespace["learning_rate"](300) == pytest.approx(recipe.min_lr)
+
+
+def test_the_range_test_takes_one_step_at_each_rate():
+    range_test = lifted("08_training_on_imagenette")["range_test"]
+    batches = Batches(offline_sample("train", 32, 20), 10, 32, train=True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    before = model[1].weight.detach().clone()
+    assert len(range_test(model, batches, [1e-3])) == 1
+    moved = (model[1].weight - before).abs().median().item()
+    assert moved == pytest.approx(1e-3, rel=0.1)  # Adam's first step has the size of the rate
+    assert len(range_test(model, batches, [0.0] * 5)) == 5  # more steps than an epoch has
+
+
+def test_a_running_average_begins_with_the_first_value_and_follows_the_others():
+    smoothed = lifted("08_training_on_imagenette")["smoothed"]
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([0.0] * 50 + [1.0] * 50)[-1] == pytest.approx(1.0, abs=0.01)
+
+
+def test_what_a_block_adds_is_proportional_to_its_layer_scale():
+    additions = lifted("08_training_on_imagenette")["additions"]
+    images, model = torch.randn(2, 3, 64, 64), convnext.convnext_atto(num_classes=10, layer_scale_init_value=0.1)
+    small = additions(model, images)[0]
+    model.stages[0][0].gamma.data.mul_(2)
+    assert additions(model, images)[0] == pytest.approx(2 * small, rel=1e-3)
+
+
+def test_pictures_are_those_with_the_numbers_and_only_of_the_images_that_were_numbered():
+    namespace = lifted("08_training_on_imagenette")
+    sample = offline_sample("val", 32, 20)
+    namespace["imagenette"] = lambda split: sample
+    fig = namespace["pictures"]([3, 17], sample.labels.numpy())
+    assert [ax.get_title() for ax in fig.axes[:2]] == [f"{i}\n{sample.classes[sample.labels[i]]}" for i in (3, 17)]
+    assert (fig.axes[1].images[0].get_array() == sample.images[17].permute(1, 2, 0).numpy()).all()
+    with pytest.raises(ValueError, match="not of offline sample"):
+        namespace["pictures"]([3], sample.labels.numpy()[:-1])

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,3 +195,36 @@ def test_checks_of_chapters_5_to_7_see_what_is_wrong(check, answer, message):
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=message):
         getattr(exercises, f"check_{check}")(answer)
+
+
+def harmonic(seconds, until, speeds, images):
+    return seconds / (until / speeds[0] + (1 - until) / speeds[1]) / images, until
+
+
+def wrong_in_all(answers, labels):
+    return (answers != labels).all(0).nonzero()[0]
+
+
+@pytest.mark.parametrize(
+    "check, answer, message",
+    [
+        ("times_the_rule", lambda rate, batch: rate / 4e-3, r"times_the_rule\(0.04, 1024\): got 10"),
+        ("times_the_rule", lambda rate, batch: 4e-3 * batch / 4096 / rate, "which is not right"),
+        ("decay_for", lambda steps, share: 1 - 1 / steps, r"decay_for\(665, 0.01\)"),
+        ("decay_for", lambda steps, share: 1 - share ** (1 / steps), r"decay_for\(665, 0.01\)"),
+        ("timed_run", harmonic, "epochs of timed_run"),
+        ("timed_run", lambda seconds, until, speeds, images: 3.0, r"a pair \(epochs, part\), got 3.0"),
+        ("stubborn", wrong_in_all, "50 images, 2 runs: [1-9][0-9]* of those returned are not stubborn, and 0 "),
+        ("stubborn", lambda answers, labels: [], "and [1-9][0-9]* stubborn ones are missing"),
+    ],
+)
+def test_checks_of_chapter_8_see_what_is_wrong(check, answer, message):
+    with pytest.raises(AssertionError, match=message):
+        getattr(exercises, f"check_{check}")(answer)
+
+
+def test_the_check_of_stubborn_images_takes_any_sequence_of_numbers():
+    def numbers(answers, labels):
+        return {int(i) for i in np.flatnonzero((answers == answers[0]).all(0) & (answers[0] != labels))}
+
+    exercises.check_stubborn(numbers)
