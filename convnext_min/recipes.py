@@ -249,6 +249,15 @@ _IMAGENETTE_3MIN = replace(
     init="fan_in",
     layer_scale_init=0.2,
 )
+_IMAGENETTE_10MIN = replace(
+    _IMAGENETTE_3MIN,
+    minutes=10,
+    base_lr=1.2e-2,
+    crop_scale=(0.25, 1.0),
+    progressive=((0.3, 64), (0.8, 96)),
+    resolution=128,
+    eval_resolution=128,
+)
 _ROAD = Recipe(
     epochs=12,
     evaluate_every=0,
@@ -275,27 +284,11 @@ RECIPES = {
     "imagenette-3min": _IMAGENETTE_3MIN,
     # Larger images at the end and smaller crops, by judgement:
     # 10min-seed-0: 85.1% after 595 s and 2,862 steps
-    "imagenette-10min": replace(
-        _IMAGENETTE_3MIN,
-        minutes=10,
-        base_lr=1.2e-2,
-        crop_scale=(0.25, 1.0),
-        progressive=((0.3, 64), (0.8, 96)),
-        resolution=128,
-        eval_resolution=128,
-    ),
+    "imagenette-10min": _IMAGENETTE_10MIN,
     # Seen often enough for half of the batches to be mixed by CutMix, the others by Mixup:
     # 30min-seed-0: 89.2% after 1795 s and 9,795 steps
     "imagenette-30min": replace(
-        _IMAGENETTE_3MIN,
-        minutes=30,
-        base_lr=1.2e-2,
-        crop_scale=(0.25, 1.0),
-        progressive=((0.25, 64), (0.7, 96)),
-        resolution=128,
-        eval_resolution=128,
-        mixup=0.2,
-        cutmix=1.0,
+        _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
     ),
     # What timm's training script does unless told otherwise, for timm:convnext_atto with --no-accelerate: its loader
     # and crops, cosine after a warm-up, label smoothing. But its SGD is not for ConvNeXt: AdamW as in `imagenette`.
