@@ -118,7 +118,7 @@ ADDED = {
 
 # What the road's recipe chose its learning rate by: one that suits networks all along the road, on held-out images.
 TRIED = ("resnet50", "inverted", "gelu", "convnext")
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 # Why a small road may go another way than the paper's: "init" asks whether its initial weights, which shrink a narrow
 # network's signal where no norm restores it, hold back the steps with few norms.
