@@ -116,17 +116,24 @@ ADDED = {
     "random erasing": ("erasing=0.25",),
 }
 
-# What the road's recipe chose its learning rate by: one that suits networks all along the road, on held-out images.
-TRIED = ("resnet50", "inverted", "gelu", "convnext")
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+# What the road's recipes chose their learning rates by: ones that suit networks all along the road, on held-out images.
+TRIED = {"road": ("resnet50", "inverted", "gelu", "convnext"), "road-classic": ENDS}
+RATES = {"road": (1e-3, 2e-3, 4e-3, 8e-3), "road-classic": (0.1, 0.4)}
 
 # Why a small road may go another way than the paper's: "init" asks whether its initial weights, which shrink a narrow
 # network's signal where no norm restores it, hold back the steps with few norms.
 EXPERIMENTS = {
     "rates": [
-        Trial(f"{step}, {rate:g}", f"road:{step}", "road", (f"base_lr={rate}", "epochs=5"), ("--holdout",))
-        for step in TRIED
-        for rate in RATES
+        Trial(
+            f"{step}, {rate:g}" + ", classic" * (recipe == "road-classic"),
+            f"road:{step}",
+            recipe,
+            (f"base_lr={rate}", "epochs=5"),
+            ("--holdout",),
+        )
+        for recipe in RATES
+        for step in TRIED[recipe]
+        for rate in RATES[recipe]
     ],
     "levers": [Trial(name, "convnext_atto", "imagenette", changes, ("--holdout",)) for name, changes in LEVERS.items()],
     "road": [Trial(step, f"road:{step}", "road") for step in STEPS],

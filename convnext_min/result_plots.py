@@ -175,17 +175,32 @@ def lever_gains(trials: Sequence[str], base: str = "plain") -> Figure:
     return fig
 
 
+def _relative_times(runs: Sequence[Mapping[str, str]], base: str) -> dict[str, float]:
+    """Time of each trial as a multiple of that of `base`: runs of one trial may be from machines of unequal speed."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        seconds.setdefault((run["trial"], run["cpu"]), []).append(float(run["cpu_seconds"]))
+    ratios: dict[str, list[float]] = {}
+    for (trial, cpu), values in seconds.items():
+        if (base, cpu) in seconds:
+            ratios.setdefault(trial, []).append(mean(values) / mean(seconds[base, cpu]))
+    return {trial: mean(values) for trial, values in ratios.items()}
+
+
 def lever_table(trials: Sequence[str], base: str = "plain") -> Table:
-    """`base` and trials of `levers`, sorted by their gain over it: top-1 on held-out images, seeds, gain, time."""
+    """`base` and trials of `levers`, sorted by their gain over it: top-1 on held-out images, seeds, gain, time.
+
+    The time is the processor's, as a multiple of what `base` took on the same kind of processor.
+    """
     right = analysis.right_answers("levers")
-    time = {row["trial"]: float(row["cpu_seconds"]) for row in results.rows("levers/summary.csv")}
+    time = _relative_times(results.rows("levers/runs.csv"), base)
     gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
     rows = []
     for trial in [base, *sorted(trials, key=lambda trial: -gains[trial].value)]:
         top1, std = analysis.top1(right[trial])
         seeds, spread = len(right[trial]), "" if np.isnan(std) else f" ± {std:.1f}"
         gain = "" if trial == base else str(gains[trial])
-        rows.append((trial, f"{top1:.1f}{spread}", seeds, gain, f"{time[trial] / time[base]:.2f}"))
+        rows.append((trial, f"{top1:.1f}{spread}", seeds, gain, f"{time[trial]:.2f}"))
     return table(("change", "top-1 (%)", "seeds", f"gain over {base} (points, 95%)", "time"), rows)
 
 
