@@ -471,6 +471,53 @@ def check_stubborn(answer) -> None:
     solved("wrong, and wrong in the same way, in every run")
 
 
+# 09 Recipe or architecture?
+
+
+def check_effects(answer) -> None:
+    """Exercise 9.1: the effect of the recipe, that of the network, and their interaction, from four accuracies."""
+    for cells in ([[76.13, 78.82], [75.0, 82.0]], [[50.0, 40.0], [70.0, 80.0]], [[60.5, 65.0], [60.5, 65.0]]):
+        (a, b), (c, d) = cells
+        right = {"recipe": (b - a + d - c) / 2, "network": (c - a + d - b) / 2, "interaction": (d - c) - (b - a)}
+        given = answer(np.array(cells))
+        if not isinstance(given, tuple) or len(given) != 3:
+            raise AssertionError(f"the answer is a triple (recipe, network, interaction), got {given}")
+        for (name, value), got in zip(right.items(), given):
+            expect(None if got is None else float(got), value, f"{name} of {cells}", 1e-6, reveal=False)
+    solved("an interaction of zero would mean that recipe and network can be chosen one by one")
+
+
+def check_bootstrap(answer) -> None:
+    """Exercise 9.2: differences of top-1 between paired runs, with seeds and images drawn again."""
+    rng = np.random.default_rng(0)
+    before = rng.random((3, 1000)) < 0.6
+    agreeing = before ^ (rng.random(before.shape) < 0.05)
+    scattered = rng.random((3, 1000)) < np.array([[0.4], [0.6], [0.8]])
+    for name, after, missing in (("runs that agree", agreeing, "images"), ("seeds apart", scattered, "seeds")):
+        drawn = answer(before, after, 2000, np.random.default_rng(1))
+        if np.shape(drawn) != (2000,):
+            got = None if drawn is None else np.shape(drawn)
+            raise AssertionError(f"{name}: 2000 draws are asked for, got {got}")
+        gaps, middle, spread = 100 * (after.astype(float) - before), np.mean(drawn), np.std(drawn)
+        if abs(middle - gaps.mean()) > 1:
+            raise AssertionError(f"{name}: the draws are {middle:.2f} on average, the difference {gaps.mean():.2f}")
+        by_seed = gaps.mean(1).std() / len(gaps) ** 0.5  # the spread from drawing seeds alone
+        by_image = gaps.mean(0).std() / gaps.shape[1] ** 0.5  # and from drawing images alone
+        if spread > 1.35 * (by_seed**2 + 2 * by_image**2) ** 0.5:
+            raise AssertionError(f"{name}: they scatter by {spread:.2f}, too much: are the same images drawn for both?")
+        if spread < 0.8 * {"images": by_image, "seeds": by_seed}[missing]:
+            raise AssertionError(f"{name}: they scatter by {spread:.2f}, too little: are {missing} drawn, too?")
+    solved("the interval holds the scatter of seeds and of images, and pairs stay pairs")
+
+
+def check_seeds_needed(answer) -> None:
+    """Exercise 9.3: the smallest number of seeds for which a gap is two standard errors of a difference."""
+    for gap, std in ((0.5, 0.07), (0.15, 0.18), (1.0, 1.0), (0.06, 0.09)):
+        right = next(n for n in itertools.count(1) if gap >= 2 * std * math.sqrt(2 / n))
+        expect(answer(gap, std), right, f"seeds_needed({gap}, {std})", reveal=False)
+    solved("half the gap needs four times the seeds")
+
+
 # 11 The full ImageNet recipe
 
 

@@ -228,3 +228,39 @@ def test_the_check_of_stubborn_images_takes_any_sequence_of_numbers():
         return {int(i) for i in np.flatnonzero((answers == answers[0]).all(0) & (answers[0] != labels))}
 
     exercises.check_stubborn(numbers)
+
+
+def drawn_apart(before, after, draws, rng):
+    def means(right):
+        return right[:, rng.integers(right.shape[1], size=right.shape[1])][rng.integers(len(right), size=3)].mean()
+
+    return np.array([100 * (means(after) - means(before)) for _ in range(draws)])
+
+
+def without_seeds(before, after, draws, rng):
+    gaps = (100 * (after.astype(float) - before)).mean(0)
+    return gaps[rng.integers(len(gaps), size=(draws, len(gaps)))].mean(1)
+
+
+def without_images(before, after, draws, rng):
+    gaps = (100 * (after.astype(float) - before)).mean(1)
+    return gaps[rng.integers(len(gaps), size=(draws, len(gaps)))].mean(1)
+
+
+@pytest.mark.parametrize(
+    "check, answer, message",
+    [
+        ("effects", lambda cells: (1.0, 2.0), r"a triple \(recipe, network, interaction\), got \(1.0, 2.0\)"),
+        ("effects", lambda cells: (cells[0, 1] - cells[0, 0], 0, 0), "recipe of .*which is not right"),
+        ("effects", lambda c: (np.diff(c).mean(), np.diff(c, axis=0).mean(), 0), "interaction of .*which is not right"),
+        ("bootstrap", lambda before, after, draws, rng: None, "2000 draws are asked for, got None"),
+        ("bootstrap", lambda before, after, draws, rng: np.zeros(draws) - 5, "on average"),
+        ("bootstrap", drawn_apart, "runs that agree: .* too much"),
+        ("bootstrap", without_seeds, "seeds apart: .* too little: are seeds drawn"),
+        ("bootstrap", without_images, "runs that agree: .* too little: are images drawn"),
+        ("seeds_needed", lambda gap, std: round(8 * (std / gap) ** 2), "which is not right"),
+    ],
+)
+def test_checks_of_chapter_9_see_what_is_wrong(check, answer, message):
+    with pytest.raises(AssertionError, match=message):
+        getattr(exercises, f"check_{check}")(answer)
