@@ -339,6 +339,7 @@ def card(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "commits": sorted({row["commit"] for row in rows if row["commit"]}),
         "versions": made["versions"],
         "machine": made["machine"],
+        "cpus": sorted({row["cpu"] for row in rows}),  # rows may have been made in several goes, on several machines
         "runs": len(rows),
         "cpu_hours": round(sum(float(row["cpu_seconds"]) for row in rows) / 3600, 2),
     }

@@ -58,7 +58,8 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_p
     )
     experiments.run("made", output, seeds=2, data=str(root))
     assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
-    assert json.loads((output / "made" / "card.json").read_text())["runs"] == 4
+    card = json.loads((output / "made" / "card.json").read_text())
+    assert card["runs"] == 4 and card["cpus"] == [first[0]["cpu"]]
 
 
 def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, tmp_path, monkeypatch):
@@ -73,7 +74,7 @@ def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, t
 
 def test_some_trials_alone(experiment, root, tmp_path, monkeypatch):
     made = []
-    row = {"trial": "b / c", "top1": "1", "cpu_seconds": "1", "parameters": "1", "seed": "0", "commit": ""}
+    row = {"trial": "b / c", "top1": "1", "cpu_seconds": "1", "parameters": "1", "seed": "0", "commit": "", "cpu": ""}
     monkeypatch.setattr(experiments, "run_trial", lambda trial, *_: made.append(trial.name) or Made(row, {}, []))
     monkeypatch.setattr(experiments, "write_rows", lambda *_: None)
     experiments.run("made", tmp_path, seeds=1, data=str(root), trials=["b / c"])
