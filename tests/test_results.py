@@ -1,9 +1,13 @@
 """Results are found, and what the README says of them is what the files say."""
 
+import ast
+import contextlib
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -51,6 +55,44 @@ def test_a_run_says_how_to_repeat_it(path):
     summary = json.loads(path.read_text())
     assert len(summary["commit"]) == 40 and summary["versions"]["torch"] and summary["machine"]["cores"]
     assert "convnext_min.train" in summary["command"]
+
+
+def show(source, namespace):
+    """Run a cell and return what a page shows of it: what it printed, and the table it ends with, if it is one."""
+    *body, end = ast.parse(source).body
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(ast.Module([*body, *[end] * (not isinstance(end, ast.Expr))], []), "cell", "exec"), namespace)
+        value = (
+            eval(compile(ast.Expression(end.value), "cell", "eval"), namespace) if isinstance(end, ast.Expr) else None
+        )
+    return printed.getvalue(), value._repr_html_() if hasattr(value, "_repr_html_") else None
+
+
+def shown(cell):
+    """The same, out of a committed cell."""
+    printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    tables = [output.data.get("text/html") for output in cell.outputs if output.output_type == "execute_result"]
+    return printed, tables[0] if tables else None
+
+
+def cells_of_results():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"][1:]
+        if any("results" in cell.metadata.get("tags", ()) for cell in cells):
+            yield pytest.param(cells, id=path.stem)
+
+
+@pytest.mark.parametrize("cells", list(cells_of_results()))
+def test_pages_show_what_the_files_of_results_say(cells):
+    """Cells with the tag "results" show nothing but results: run again, they have to show what was committed."""
+    namespace = {}
+    for cell in cells:
+        if "results" in cell.metadata.get("tags", ()):
+            assert show(cell.source, namespace) == shown(cell), cell.source
+        else:  # what it defines may be needed, what it runs is not
+            definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+            body = [node for node in ast.parse(cell.source).body if isinstance(node, definitions)]
+            exec(compile(ast.Module(body, []), "cell", "exec"), namespace)
 
 
 def test_files_of_a_checkout_are_read_from_it():
