@@ -277,16 +277,16 @@ RECIPES = {
     "imagenette": _IMAGENETTE,
     # The same for three minutes from the start of the process to the result, with three changes to the network (see
     # `small`) and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/levers. What they reached on all
-    # 3,925 validation images, on two cores of an Intel Xeon with AMX (book/results/imagenette); an epoch is 147 steps
-    # of 64 images:
-    # 3min-seed-0: 78.1% after 176 s and 1,111 steps
-    # 3min-seed-1: 77.8% after 175 s and 1,080 steps
+    # 3,925 validation images, on two cores, those of the Xeon with AMX (book/results/imagenette); an epoch is 147 steps of
+    # 64 images:
+    # 3min-seed-0: 78.1% after 176 s and 1,111 steps, Intel Xeon
+    # 3min-seed-1: 77.8% after 175 s and 1,080 steps, Intel Xeon
     "imagenette-3min": _IMAGENETTE_3MIN,
     # Larger images at the end and smaller crops, by judgement:
-    # 10min-seed-0: 85.1% after 595 s and 2,862 steps
+    # 10min-seed-0: 85.1% after 595 s and 2,862 steps, Intel Xeon
     "imagenette-10min": _IMAGENETTE_10MIN,
     # Seen often enough for half of the batches to be mixed by CutMix, the others by Mixup:
-    # 30min-seed-0: 89.2% after 1795 s and 9,795 steps
+    # 30min-seed-0: 89.2% after 1795 s and 9,795 steps, Intel Xeon
     "imagenette-30min": replace(
         _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
     ),

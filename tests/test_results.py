@@ -21,7 +21,7 @@ SUMMARIES = sorted((ROOT / "book" / "results" / "imagenette").glob("*/summary.js
 def test_the_readme_has_the_accuracies_of_the_runs(path):
     summary = json.loads(path.read_text())
     line = f"| [{path.parent.name}]({path.parent.relative_to(ROOT)}/log.csv) | {summary['seconds']:.0f} s | "
-    line += f"{summary['top1']:.1%} | {summary['seed']} |"
+    line += f"{summary['top1']:.1%} | {summary['seed']} | {summary['machine']['cpu']} |"
     assert line in (ROOT / "README.md").read_text()
     assert summary["images"] == 3925
 
@@ -30,7 +30,8 @@ def test_the_readme_has_the_accuracies_of_the_runs(path):
 def test_the_recipe_has_what_its_runs_reached(path):
     run, summary = path.parent.name, json.loads(path.read_text())
     if run[0].isdigit():  # of a recipe for some minutes
-        header = f"# {run}: {summary['top1']:.1%} after {summary['seconds']:.0f} s and {summary['steps']:,} steps"
+        cpu = summary["machine"]["cpu"]
+        header = f"# {run}: {summary['top1']:.1%} after {summary['seconds']:.0f} s and {summary['steps']:,} steps, {cpu}"
         assert header in Path(recipes.__file__).read_text()
         recipe = recipes.get(f"imagenette-{summary['recipe']['minutes']}min")
         assert json.loads(json.dumps(asdict(recipe))) == summary["recipe"]
