@@ -118,7 +118,7 @@ ADDED = {
 
 # What the road's recipes chose their learning rates by: ones that suit networks all along the road, on held-out images.
 TRIED = {"road": ("resnet50", "inverted", "gelu", "convnext"), "road-classic": ENDS}
-RATES = {"road": (1e-3, 2e-3, 4e-3, 8e-3), "road-classic": (0.1, 0.4)}
+RATES = {"road": (1e-3, 2e-3, 4e-3, 8e-3), "road-classic": (0.025, 0.1, 0.4)}
 
 # Why a small road may go another way than the paper's: "init" asks whether its initial weights, which shrink a narrow
 # network's signal where no norm restores it, hold back the steps with few norms.

@@ -277,8 +277,8 @@ RECIPES = {
     "imagenette": _IMAGENETTE,
     # The same for three minutes from the start of the process to the result, with three changes to the network (see
     # `small`) and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/levers. What they reached on all
-    # 3,925 validation images, on two cores, those of the Xeon with AMX (book/results/imagenette); an epoch is 147 steps of
-    # 64 images:
+    # 3,925 validation images, on two cores, the Xeon's with AMX (book/results/imagenette); an epoch is 147 steps of 64
+    # images:
     # 3min-seed-0: 78.1% after 176 s and 1,111 steps, Intel Xeon
     # 3min-seed-1: 77.8% after 175 s and 1,080 steps, Intel Xeon
     "imagenette-3min": _IMAGENETTE_3MIN,

@@ -30,8 +30,8 @@ def test_the_readme_has_the_accuracies_of_the_runs(path):
 def test_the_recipe_has_what_its_runs_reached(path):
     run, summary = path.parent.name, json.loads(path.read_text())
     if run[0].isdigit():  # of a recipe for some minutes
-        cpu = summary["machine"]["cpu"]
-        header = f"# {run}: {summary['top1']:.1%} after {summary['seconds']:.0f} s and {summary['steps']:,} steps, {cpu}"
+        header = f"# {run}: {summary['top1']:.1%} after {summary['seconds']:.0f} s and {summary['steps']:,} steps, "
+        header += summary["machine"]["cpu"]
         assert header in Path(recipes.__file__).read_text()
         recipe = recipes.get(f"imagenette-{summary['recipe']['minutes']}min")
         assert json.loads(json.dumps(asdict(recipe))) == summary["recipe"]
