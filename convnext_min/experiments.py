@@ -93,7 +93,13 @@ LEVERS = {
 # The two ends of the road, and the two recipes: which of them brings the gain?
 ENDS = ("resnet50", "convnext")
 
-# The ends again with a part of the images, at as many steps; with three times the epochs; with larger images.
+# The ends, and ConvNeXt with the initial weights that suit its small size, with a part of the images, at as many steps;
+# with three times the epochs; with larger images.
+CONTESTANTS = {
+    "resnet50": ("resnet50", ()),
+    "convnext": ("convnext", ()),
+    "convnext, fan-in init": ("convnext", ("init=fan_in",)),
+}
 CONDITIONS = {
     "10% of the images": ("fraction=0.1", "epochs=90"),
     "30% of the images": ("fraction=0.3", "epochs=30"),
@@ -141,7 +147,9 @@ EXPERIMENTS = {
     "road": [Trial(step, f"road:{step}", "road") for step in STEPS],
     "grid": [Trial(f"{end}, {name}", f"road:{end}", name) for end in ENDS for name in ("road-classic", "road")],
     "when": [
-        Trial(f"{end}, {name}", f"road:{end}", "road", changes) for name, changes in CONDITIONS.items() for end in ENDS
+        Trial(f"{who}, {name}", f"road:{step}", "road", (*own, *changes))
+        for name, changes in CONDITIONS.items()
+        for who, (step, own) in CONTESTANTS.items()
     ],
     "why": [
         Trial(f"{step}, {name}", f"road:{step}", "road", changes)

@@ -15,6 +15,7 @@ from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS, build
 
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
+CONTESTANTS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)}
 
 
 def road_results(*slugs: str) -> Table:
@@ -110,10 +111,10 @@ def recipe_grid() -> Figure:
 
 
 def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
-    """Both ends of the road over the part of the images, each condition of `when` given with its fraction."""
+    """The contestants of `when` over the part of the images, each condition given with its fraction."""
     right = analysis.right_answers("when")
     fig, ax = figure(3.2)
-    for slug, (label, color) in ENDS.items():
+    for slug, (label, color) in CONTESTANTS.items():
         points = [(100 * fraction, 100 * right[f"{slug}, {name}"].mean(1)) for name, fraction in fractions]
         ax.plot([x for x, _ in points], [values.mean() for _, values in points], color=color, label=label)
         for x, values in points:

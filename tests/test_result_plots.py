@@ -186,10 +186,10 @@ def test_costs_of_the_road_are_those_of_the_small_networks(road):
 
 
 def ends(folder, experiment, conditions):
-    """Runs of both ends of the road under each condition, ConvNeXt with 100 of 1,000 images more."""
+    """Runs under each condition: ConvNeXt is right on 100 of 1,000 images more than ResNet-50, with fan-in on 150."""
     labels, answers, rows = np.zeros(1000), {}, []
     for i, condition in enumerate(conditions):
-        for end, more in (("resnet50", 0), ("convnext", 100)):
+        for end, more in (("resnet50", 0), ("convnext", 100), ("convnext, fan-in init", 150)):
             rows.append({"trial": f"{end}, {condition}", "seed": 0})
             answers[f"{end}, {condition}/0"] = (np.arange(1000) >= 400 + 100 * i + more).astype(int)
     write_csv(folder / experiment / "runs.csv", rows)
@@ -209,3 +209,4 @@ def test_fractions_are_drawn_over_the_part_of_the_images(folder):
     lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
     assert list(lines["ConvNeXt"].get_xdata()) == [10, 100]
     assert list(lines["ConvNeXt"].get_ydata()) == pytest.approx([50, 60])
+    assert list(lines["ConvNeXt, fan-in init"].get_ydata()) == pytest.approx([55, 65])
