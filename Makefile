@@ -8,13 +8,14 @@ BOOK := _build/html/index.html
 
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 
-.PHONY: help install train book test notebooks figures clean
+.PHONY: help install train book test notebooks results figures clean
 
 help:
 	@echo "make book   render the book into $(BOOK)"
 	@echo "make train  train a small ConvNeXt for three minutes and show what it learned"
 	@echo "make test   style, unit tests, notebooks, book, and checks on the built pages"
 	@echo "make notebooks  run the notebooks at the quick budget and keep what they print (NOTEBOOKS=... for some)"
+	@echo "make results  let the pages say what the files of book/results say now"
 	@echo "make figures  draw the figures of the pages and the README anew"
 	@echo "make clean  remove what was built, and the environment in $(VENV)"
 
@@ -46,6 +47,10 @@ test: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	$(BIN)/python book/execute.py $(NOTEBOOKS)
+
+results: $(INSTALLED)
+	$(BIN)/python book/execute.py --results $(NOTEBOOKS)
+	$(BIN)/python book/figures/draw.py
 
 figures: $(INSTALLED)
 	$(BIN)/python book/figures/draw.py

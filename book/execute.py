@@ -1,7 +1,12 @@
-"""Runs notebooks and keeps what they print, at the budget of the committed outputs: `make notebooks`."""
+"""Runs notebooks and keeps what they print, at the budget of the committed outputs: `make notebooks`.
 
+With `--results`, only cells with the tag "results", which show nothing but files of book/results: `make results`, after
+an experiment has made more runs. What the other cells measured stays.
+"""
+
+import argparse
+import ast
 import os
-import sys
 from pathlib import Path
 
 import nbformat
@@ -21,15 +26,61 @@ METADATA = {
 def execute(path: Path) -> None:
     """Run the notebook at `path` in its folder and write it back with its outputs; raises if a cell does."""
     notebook = nbformat.read(path, as_version=4)
-    place = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(
-        notebook, timeout=None, kernel_name="python3", record_timing=False, coalesce_streams=True, resources=place
-    ).execute()
+    run(notebook, path.parent)
     notebook.metadata = METADATA
     nbformat.write(notebook, path)
 
 
+def execute_results(path: Path) -> None:
+    """The same for the cells with the tag "results" alone, which may use imports and definitions of other cells."""
+    notebook, short = (nbformat.read(path, as_version=4) for _ in range(2))
+    pairs = list(zip(code_cells(notebook), code_cells(short)))
+    for _, cell in pairs:
+        if not is_of_results(cell):
+            cell.source = definitions(cell.source)
+    if any(is_of_results(cell) for _, cell in pairs):
+        run(short, path.parent)
+        for kept, cell in pairs:
+            if is_of_results(cell):
+                kept.outputs = cell.outputs
+                for output in kept.outputs:  # of the run that made the other cells
+                    if "execution_count" in output:
+                        output.execution_count = kept.execution_count
+        nbformat.write(notebook, path)
+
+
+def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Those after the first, which installs and asks for the budget."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"][1:]
+
+
+def is_of_results(cell: nbformat.NotebookNode) -> bool:
+    return "results" in cell.metadata.get("tags", ())
+
+
+def definitions(source: str) -> str:
+    """The imports and functions of a cell, without what it runs."""
+    kept = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
+    return ast.unparse(ast.Module(kept, []))
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(f"Running {name}", flush=True)
-        execute(Path(name))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--results", action="store_true", help='only cells with the tag "results"')
+    args = parser.parse_args()
+    for path in args.notebooks:
+        print(f"Running {path}", flush=True)
+        (execute_results if args.results else execute)(path)

@@ -30,6 +30,16 @@ class Interval(NamedTuple):
         return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
+class Accuracy(NamedTuple):
+    """Top-1 in percent: mean over seeds, and their standard deviation, nan for one seed."""
+
+    mean: float
+    std: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if np.isnan(self.std) else f" ± {self.std:.1f}")
+
+
 def right_answers(experiment: str) -> dict[str, Right]:
     """For each trial of an experiment, in the order of its runs, where its runs were right, the seeds in order."""
     answers = results.arrays(f"{experiment}/answers.npz")
@@ -41,10 +51,10 @@ def right_answers(experiment: str) -> dict[str, Right]:
     }
 
 
-def top1(right: Right) -> tuple[float, float]:
-    """Mean over the seeds, and their standard deviation (nan for one seed), in percent."""
+def top1(right: Right) -> Accuracy:
+    """How often runs were right, with the scatter of the seeds."""
     by_seed = 100 * right.mean(1)
-    return by_seed.mean(), by_seed.std(ddof=1) if len(by_seed) > 1 else float("nan")
+    return Accuracy(by_seed.mean(), by_seed.std(ddof=1) if len(by_seed) > 1 else float("nan"))
 
 
 def difference(before: Right, after: Right) -> Interval:

@@ -23,13 +23,12 @@ def road_results(*slugs: str) -> Table:
     right = analysis.right_answers("road")
     rows = []
     for slug in slugs or STEPS:
-        mean, std = analysis.top1(right[slug])
         ours, published = "", ""
         if slug in BEFORE:
             before = BEFORE[slug]
-            ours = str(analysis.difference(right[before], right[slug]))
+            ours = analysis.difference(right[before], right[slug])
             published = f"{paper.TABLE10[slug].top1 - paper.TABLE10[before].top1:+.2f}"
-        rows.append((paper.TABLE10[slug].label, f"{mean:.1f} ± {std:.1f}", len(right[slug]), ours, published))
+        rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), len(right[slug]), ours, published))
     return table(("step", "top-1 here (%)", "seeds", "change here (points, 95%)", "change in the paper"), rows)
 
 
@@ -42,14 +41,13 @@ def road_gains() -> Figure:
     published = [paper.TABLE10[slug] for slug in steps]
     gains = [row.top1 - published[0].top1 for row in published]
     left.barh(y, gains, xerr=[row.std for row in published], height=0.6, color=ORANGE, ecolor=INK)
-    left.set_xlabel("points above ResNet-50, ImageNet")
-    left.set_title("paper")
+    left.set_title("paper, ImageNet")
     ours = [analysis.difference(right[steps[0]], right[slug]) for slug in steps]
     value = np.array([interval.value for interval in ours])
     errors = np.array([[i.value - i.low for i in ours], [i.high - i.value for i in ours]])
     here.barh(y, value, xerr=errors, height=0.6, color=BLUE, ecolor=INK)
-    here.set_xlabel("points above ResNet-50, Imagenette")
-    here.set_title("small runs")
+    here.set_title("small runs, Imagenette")
+    fig.supxlabel("points of top-1 above ResNet-50")
     left.set_yticks(y, [row.label for row in published])
     left.set_ylim(len(steps) - 0.4, -0.6)
     for ax in (left, here):
@@ -85,7 +83,7 @@ def road_costs() -> Figure:
             i = steps.index(slug)
             ax.plot(values[i], mean[i], "o", color=color, markersize=8, zorder=3, label=label)
         ax.set_xlabel(name)
-        ax.set_xlim(left=0)
+        ax.margins(x=0.12)
     axes[0].set_ylabel("Imagenette top-1 (%)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
@@ -198,10 +196,8 @@ def lever_table(trials: Sequence[str], base: str = "plain") -> Table:
     gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
     rows = []
     for trial in [base, *sorted(trials, key=lambda trial: -gains[trial].value)]:
-        top1, std = analysis.top1(right[trial])
-        seeds, spread = len(right[trial]), "" if np.isnan(std) else f" ± {std:.1f}"
-        gain = "" if trial == base else str(gains[trial])
-        rows.append((trial, f"{top1:.1f}{spread}", seeds, gain, f"{time[trial]:.2f}"))
+        gain = "" if trial == base else gains[trial]
+        rows.append((trial, analysis.top1(right[trial]), len(right[trial]), gain, f"{time[trial]:.2f}"))
     return table(("change", "top-1 (%)", "seeds", f"gain over {base} (points, 95%)", "time"), rows)
 
 

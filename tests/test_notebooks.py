@@ -1,5 +1,6 @@
 """What every committed notebook keeps to; that it runs is nbmake's to show."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -96,3 +97,20 @@ def test_the_quickstart_learned_the_drawn_images_in_two_minutes():
     printed = "".join(map(text_of, outputs))
     top1, seconds = re.search(r"Right on ([\d.]+)% of 500 validation images, .* after (\d+) s", printed).groups()
     assert float(top1) > 90 and int(seconds) < 120
+
+
+def test_results_are_shown_anew_without_measuring_anything_again(tmp_path):
+    spec = importlib.util.spec_from_file_location("execute", ROOT / "book" / "execute.py")
+    execute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(execute)
+    sources = ("print('first')", "def double(x):\n    return 2 * x\n\n\n1 / 0  # not again", "double(21)")
+    cells = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(sources)]
+    cells[1].outputs = [nbformat.v4.new_output("stream", text="3.2 s\n")]
+    cells[2].metadata["tags"] = ["results"]
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    execute.execute_results(path)
+    first, measured, shown = nbformat.read(path, as_version=4).cells
+    assert [text_of(output) for output in shown.outputs] == ["42"] and shown.outputs[0].execution_count == 3
+    assert [text_of(output) for output in measured.outputs] == ["3.2 s\n"] and not first.outputs
+    assert [cell.source for cell in (first, measured, shown)] == list(sources)
