@@ -13,6 +13,7 @@ from convnext_min import paper, results
 from convnext_min.roadmap import STEPS
 
 DRAWS = 2000  # of a bootstrap
+NBSP = "\N{NO-BREAK SPACE}"  # in a narrow table, numbers that belong together stay on one line
 # What each step of the road is compared with: the one before it, but after the kernel sizes it goes on from 7.
 BEFORE = dict(zip(list(STEPS)[1:], STEPS)) | {"gelu": "kernel7"}
 
@@ -27,7 +28,7 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.value:+.1f} ({self.low:+.1f}{NBSP}to{NBSP}{self.high:+.1f})"
 
 
 class Accuracy(NamedTuple):
@@ -37,7 +38,7 @@ class Accuracy(NamedTuple):
     std: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" + ("" if np.isnan(self.std) else f" ± {self.std:.1f}")
+        return f"{self.mean:.1f}" + ("" if np.isnan(self.std) else f"{NBSP}±{NBSP}{self.std:.1f}")
 
 
 def right_answers(experiment: str) -> dict[str, Right]:

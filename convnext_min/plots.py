@@ -72,7 +72,6 @@ def use_style() -> None:
             "axes.titlesize": 10.5,
             "axes.titleweight": "bold",
             "axes.labelsize": 10.5,
-            "figure.labelsize": 10.5,
             "axes.labelcolor": INK,
             "axes.edgecolor": GREY,
             "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, RED, GREY]),

@@ -47,10 +47,10 @@ def road_gains() -> Figure:
     errors = np.array([[i.value - i.low for i in ours], [i.high - i.value for i in ours]])
     here.barh(y, value, xerr=errors, height=0.6, color=BLUE, ecolor=INK)
     here.set_title("small runs, Imagenette")
-    fig.supxlabel("points of top-1 above ResNet-50")
     left.set_yticks(y, [row.label for row in published])
     left.set_ylim(len(steps) - 0.4, -0.6)
     for ax in (left, here):
+        ax.set_xlabel("points above ResNet-50")
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)

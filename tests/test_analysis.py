@@ -15,7 +15,7 @@ def test_top1_is_mean_and_standard_deviation_over_seeds():
     right = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
     assert analysis.top1(right) == (50.0, 25.0)
     assert analysis.top1(right[:1])[0] == 75.0 and np.isnan(analysis.top1(right[:1])[1])
-    assert [str(analysis.top1(answers)) for answers in (right, right[:1])] == ["50.0 ± 25.0", "75.0"]
+    assert [str(analysis.top1(answers)) for answers in (right, right[:1])] == ["50.0\xa0±\xa025.0", "75.0"]
 
 
 def test_a_difference_is_in_points_and_its_interval_has_the_width_of_theory():

@@ -55,8 +55,8 @@ def test_curves_are_numbers_by_trial_and_seed(levers):
 
 def test_levers_are_compared_with_their_base_and_sorted(levers):
     plain, good, bad = result_plots.lever_table(["bad", "good"]).rows
-    assert plain == ("plain", "50.0 ± 0.0", "2", "", "1.00")
-    assert good[:3] == ("good", "69.5 ± 0.7", "2") and good[3].startswith("+19.5 (") and good[4] == "1.50"
+    assert plain == ("plain", "50.0\xa0±\xa00.0", "2", "", "1.00")
+    assert good[:3] == ("good", "69.5\xa0±\xa00.7", "2") and good[3].startswith("+19.5 (") and good[4] == "1.50"
     assert bad[:3] == ("bad", "45.0", "1") and bad[3].startswith("-5.0 (") and bad[4] == "1.00"
     base, other = result_plots.lever_table(["bad"], base="good").rows
     assert base[0] == "good" and other[3].startswith("-25.0 (")  # of the seed that both have
@@ -161,8 +161,9 @@ def road(folder):
 
 def test_the_road_is_compared_step_by_step_with_the_paper(road):
     first, second, *_, last = result_plots.road_results().rows
-    assert first == ("ResNet-50", "50.0 ± 0.0", "2", "", "")
-    assert second[:3] == ("stage ratio", "50.5 ± 0.0", "2") and second[3].startswith("+0.5 (") and second[4] == "+0.54"
+    assert first == ("ResNet-50", "50.0\xa0±\xa00.0", "2", "", "")
+    assert second[:3] == ("stage ratio", "50.5\xa0±\xa00.0", "2")
+    assert second[3].startswith("+0.5 (") and second[4] == "+0.54"
     assert last[0] == "separate downsampling" and last[4] == "+0.50"
     (gelu,) = result_plots.road_results("gelu").rows
     assert gelu[3].startswith("+1.5 (") and gelu[4] == "+0.05"  # after kernel 7, three steps earlier
