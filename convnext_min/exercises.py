@@ -518,6 +518,50 @@ def check_seeds_needed(answer) -> None:
     solved("half the gap needs four times the seeds")
 
 
+# 10 When does ConvNeXt win?
+
+
+def check_epochs_for(answer) -> None:
+    """Exercise 10.1: the fewest epochs over some images that make at least a number of whole batches."""
+    for images, batch, steps in ((946, 64, 1323), (2841, 64, 1323), (9469, 64, 1323), (640, 64, 100), (64, 64, 7)):
+        right = next(epochs for epochs in itertools.count(1) if epochs * (images // batch) >= steps)
+        expect(answer(images, batch, steps), right, f"epochs_for({images}, {batch}, {steps})", reveal=False)
+    solved("as many steps as with all images, and each image seen many times as often")
+
+
+def check_crossing(answer) -> None:
+    """Exercise 10.2: where a gap between two networks turns positive, on a logarithmic axis; None where it does not."""
+    for numbers, gaps in (
+        ([100, 1000, 10_000], [-5.0, -1.0, 3.0]),
+        ([100, 400, 1600], [-3.0, 1.0, 2.0]),
+        ([100, 1000], [-4.0, -1.0]),
+        ([100, 1000, 10_000], [-1.0, -2.0, 6.0]),
+        ([100, 1000], [1.0, 2.0]),
+    ):
+        pairs = zip(itertools.pairwise(numbers), itertools.pairwise(gaps))
+        turns = [(n, g) for n, g in pairs if g[0] < 0 <= g[1]]
+        asked, got = f"crossing({numbers}, {gaps})", answer(numbers, gaps)
+        if not turns:
+            if got is not None:
+                raise AssertionError(f"{asked}: got {got}, but the gap does not turn positive there: return None")
+            continue
+        (low, high), (below, above) = turns[0]
+        right = math.exp(math.log(low) + (math.log(high) - math.log(low)) * -below / (above - below))
+        expect(None if got is None else float(got), right, asked, 1e-6, reveal=False)
+    solved("a number of images where neither network is ahead, if the lines between the points can be trusted")
+
+
+def check_power_law(answer) -> None:
+    """Exercise 10.3: the error that a power law through two numbers of images gives for a third."""
+    for a, b, numbers in ((5.0, 0.35, (946, 2841, 9469)), (2.0, 0.1, (100, 500, 100_000)), (1.0, 0.5, (10, 20, 5))):
+        *known, wanted = numbers
+        errors = [a * n**-b for n in known]
+        got = answer(known, errors, wanted)
+        asked = f"power_law({known}, {[round(error, 3) for error in errors]}, {wanted})"
+        expect(None if got is None else float(got), a * wanted**-b, asked, 1e-6, reveal=False)
+    solved("a straight line on two logarithmic axes")
+
+
 # 11 The full ImageNet recipe
 
 

@@ -28,8 +28,9 @@ def road_results(*slugs: str) -> Table:
             before = BEFORE[slug]
             ours = analysis.difference(right[before], right[slug])
             published = f"{paper.TABLE10[slug].top1 - paper.TABLE10[before].top1:+.2f}"
-        rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), len(right[slug]), ours, published))
-    return table(("step", "top-1 here (%)", "seeds", "change here (points, 95%)", "change in the paper"), rows)
+        rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), ours, published))
+    seeds = " or ".join(str(count) for count in sorted({len(right[slug]) for slug in slugs or STEPS}))
+    return table(("step", f"top-1 here (%), {seeds} seeds", "change here (95%)", "change in the paper"), rows)
 
 
 def road_gains() -> Figure:
@@ -84,6 +85,12 @@ def road_costs() -> Figure:
             ax.plot(values[i], mean[i], "o", color=color, markersize=8, zorder=3, label=label)
         ax.set_xlabel(name)
         ax.margins(x=0.12)
+    for panel, slug, side in ((0, "depthwise", "left"), (0, "fewer_acts", "center"), (2, "inverted", "right")):
+        if slug in steps:
+            point = list(costs.values())[panel][steps.index(slug)], top1[steps.index(slug)].mean
+            place = {"xytext": (0, -28 if slug == "depthwise" else 9), "textcoords": "offset points", "ha": side}
+            axes[panel].annotate(paper.TABLE10[slug].label, point, **place, fontsize=9)
+    axes[0].margins(y=0.12)
     axes[0].set_ylabel("Imagenette top-1 (%)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig

@@ -16,7 +16,7 @@ from convnext_min.exercises import same
 from convnext_min.recipes import Recipe
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "11_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
+CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "1[01]_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
 
 
 def cells(chapter: str, tag: str | None = None) -> list[str]:

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -262,5 +263,31 @@ def without_images(before, after, draws, rng):
     ],
 )
 def test_checks_of_chapter_9_see_what_is_wrong(check, answer, message):
+    with pytest.raises(AssertionError, match=message):
+        getattr(exercises, f"check_{check}")(answer)
+
+
+def crossing_on_a_linear_axis(numbers, gaps):
+    for (low, high), (below, above) in zip(itertools.pairwise(numbers), itertools.pairwise(gaps)):
+        if below < 0 <= above:
+            return low + (high - low) * -below / (above - below)
+
+
+@pytest.mark.parametrize(
+    "check, answer, message",
+    [
+        (
+            "epochs_for",
+            lambda images, batch, steps: steps * batch // images,
+            r"epochs_for\(946, 64, 1323\): .*not right",
+        ),
+        ("epochs_for", lambda images, batch, steps: -(-steps * batch // images), "which is not right"),
+        ("crossing", lambda numbers, gaps: None, r"crossing\(\[100, 1000, 10000\], .*: no answer yet"),
+        ("crossing", crossing_on_a_linear_axis, "which is not right"),
+        ("crossing", lambda numbers, gaps: np.exp(np.interp(0, gaps, np.log(numbers))), "does not turn positive"),
+        ("power_law", lambda numbers, errors, wanted: np.interp(wanted, numbers, errors), "which is not right"),
+    ],
+)
+def test_checks_of_chapter_10_see_what_is_wrong(check, answer, message):
     with pytest.raises(AssertionError, match=message):
         getattr(exercises, f"check_{check}")(answer)

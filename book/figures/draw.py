@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from convnext_min import plots
+from convnext_min import plots, result_plots
 
 FIGURES = {
     "road_resnet50.svg": lambda: plots.road("resnet50"),
     "road_resnet200.svg": lambda: plots.road("resnet200"),
+    "road_small.svg": result_plots.road_gains,
 }
 
 
