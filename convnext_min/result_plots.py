@@ -30,7 +30,7 @@ def road_results(*slugs: str) -> Table:
             published = f"{paper.TABLE10[slug].top1 - paper.TABLE10[before].top1:+.2f}"
         rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), ours, published))
     seeds = " or ".join(str(count) for count in sorted({len(right[slug]) for slug in slugs or STEPS}))
-    return table(("step", f"top-1 here (%), {seeds} seeds", "change here (95%)", "change in the paper"), rows)
+    return table(("step", f"top-1 (%), {seeds} seeds", "change (95%)", "paper"), rows)
 
 
 def road_gains() -> Figure:

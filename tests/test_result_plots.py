@@ -162,7 +162,7 @@ def road(folder):
 def test_the_road_is_compared_step_by_step_with_the_paper(road):
     table = result_plots.road_results()
     first, second, *_, last = table.rows
-    assert table.header[1] == "top-1 here (%), 2 seeds"
+    assert table.header[1] == "top-1 (%), 2 seeds"
     assert first == ("ResNet-50", "50.0\xa0±\xa00.0", "", "")
     assert second[:2] == ("stage ratio", "50.5\xa0±\xa00.0")
     assert second[2].startswith("+0.5 (") and second[3] == "+0.54"
