@@ -86,10 +86,9 @@ def road_costs() -> Figure:
         ax.set_xlabel(name)
         ax.margins(x=0.12)
     for panel, slug, side in ((0, "depthwise", "left"), (0, "fewer_acts", "center"), (2, "inverted", "right")):
-        if slug in steps:
-            point = list(costs.values())[panel][steps.index(slug)], top1[steps.index(slug)].mean
-            place = {"xytext": (0, -28 if slug == "depthwise" else 9), "textcoords": "offset points", "ha": side}
-            axes[panel].annotate(paper.TABLE10[slug].label, point, **place, fontsize=9)
+        point = list(costs.values())[panel][steps.index(slug)], top1[steps.index(slug)].mean
+        place = {"xytext": (0, -28 if slug == "depthwise" else 9), "textcoords": "offset points", "ha": side}
+        axes[panel].annotate(paper.TABLE10[slug].label, point, **place, fontsize=9)
     axes[0].margins(y=0.12)
     axes[0].set_ylabel("Imagenette top-1 (%)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

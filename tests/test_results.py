@@ -1,9 +1,8 @@
 """Results are found, and what the README says of them is what the files say."""
 
-import ast
-import contextlib
-import io
+import importlib.util
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,42 +57,32 @@ def test_a_run_says_how_to_repeat_it(path):
     assert "convnext_min.train" in summary["command"]
 
 
-def show(source, namespace):
-    """Run a cell and return what a page shows of it: what it printed, and the table it ends with, if it is one."""
-    *body, end = ast.parse(source).body
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(ast.Module([*body, *[end] * (not isinstance(end, ast.Expr))], []), "cell", "exec"), namespace)
-        value = (
-            eval(compile(ast.Expression(end.value), "cell", "eval"), namespace) if isinstance(end, ast.Expr) else None
-        )
-    return printed.getvalue(), value._repr_html_() if hasattr(value, "_repr_html_") else None
+@pytest.fixture(scope="module")
+def execute():
+    spec = importlib.util.spec_from_file_location("execute", ROOT / "book" / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def shown(cell):
-    """The same, out of a committed cell."""
-    printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
-    tables = [output.data.get("text/html") for output in cell.outputs if output.output_type == "execute_result"]
-    return printed, tables[0] if tables else None
+def shown(path, execute):
+    """Source, printed text and tables of each cell with the tag "results"; pictures depend on versions."""
+    for cell in filter(execute.is_of_results, execute.code_cells(nbformat.read(path, 4))):
+        printed = [output.text for output in cell.outputs if output.output_type == "stream"]
+        tables = [output.data.get("text/html") for output in cell.outputs if output.output_type == "execute_result"]
+        yield cell.source, printed, tables
 
 
-def cells_of_results():
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"][1:]
-        if any("results" in cell.metadata.get("tags", ()) for cell in cells):
-            yield pytest.param(cells, id=path.stem)
-
-
-@pytest.mark.parametrize("cells", list(cells_of_results()))
-def test_pages_show_what_the_files_of_results_say(cells):
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if '"results"' in path.read_text()],
+    ids=lambda path: path.stem,
+)
+def test_pages_show_what_the_files_of_results_say(path, execute, tmp_path):
     """Cells with the tag "results" show nothing but results: run again, they have to show what was committed."""
-    namespace = {}
-    for cell in cells:
-        if "results" in cell.metadata.get("tags", ()):
-            assert show(cell.source, namespace) == shown(cell), cell.source
-        else:  # what it defines may be needed, what it runs is not
-            definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-            body = [node for node in ast.parse(cell.source).body if isinstance(node, definitions)]
-            exec(compile(ast.Module(body, []), "cell", "exec"), namespace)
+    again = Path(shutil.copy(path, tmp_path))
+    execute.execute_results(again)
+    assert list(shown(again, execute)) == list(shown(path, execute)) != [], "run `make results`"
 
 
 def test_files_of_a_checkout_are_read_from_it():
