@@ -218,7 +218,7 @@ def check_fold_separable(answer) -> None:
         conv2d = nn.functional.conv2d
         right = conv2d(conv2d(x, depthwise, padding=k // 2, groups=chans), pointwise)
         expect(conv2d(x, weight, padding=k // 2), right, "output of the folded convolution", 1e-4)
-    solved("C k^2 + D C numbers make all D C k^2, but for one scale a channel that counts twice")
+    solved("of D C k^2 numbers C (k^2 + D - 1) are free: k^2 and D a channel, less the scale that both have")
 
 
 def check_widest(answer) -> None:
