@@ -291,8 +291,9 @@ RECIPES = {
     "imagenette-30min": replace(
         _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
     ),
-    # What timm's training script does unless told otherwise, for timm:convnext_atto with --no-accelerate: its loader
-    # and crops, cosine after a warm-up, label smoothing. But its SGD is not for ConvNeXt: AdamW as in `imagenette`.
+    # What timm's training script does unless told otherwise, for timm:convnext_atto with --no-accelerate: images from
+    # the disk, its crops, cosine after a warm-up, label smoothing; but AdamW, its rate, weight decay and the batch are
+    # those of `imagenette` (the script's SGD is not for ConvNeXt), and colour jitter is off.
     "timm": replace(
         _IMAGENETTE,
         minutes=3,
@@ -306,9 +307,9 @@ RECIPES = {
         loader="disk",
     ),
     # For every step of the road, at a quarter of its width: two cores train all sixteen, with one seed, in less than an
-    # hour (book/results/road). Of the learning rates tried on held-out images (book/results/rates) it is the best
-    # on average over ResNet-50, GELU and ConvNeXt; ConvNeXt alone would take half of it. The paper's optimizer,
-    # schedule and label smoothing; no averaged weights, as along its road. Too short for CutMix to pay.
+    # hour (book/results/road). Of the two learning rates tried on held-out images (book/results/rates) for ResNet-50,
+    # GELU and ConvNeXt alike it is the better one on average; ConvNeXt alone would take half of it. The paper's
+    # optimizer, schedule and label smoothing; no averaged weights, as along its road. Too short for CutMix to pay.
     "road": _ROAD,
     # The same length for ResNet-50's own recipe: momentum, three steps of the learning rate, crops and flips.
     "road-classic": replace(

@@ -192,13 +192,13 @@ def _relative_times(runs: Sequence[Mapping[str, str]], base: str) -> dict[str, f
     return {trial: mean(values) for trial, values in ratios.items()}
 
 
-def lever_table(trials: Sequence[str], base: str = "plain") -> Table:
-    """`base` and trials of `levers`, sorted by their gain over it: top-1 on held-out images, seeds, gain, time.
+def lever_table(trials: Sequence[str], base: str = "plain", experiment: str = "levers") -> Table:
+    """`base` and other trials of an experiment, sorted by their gain over it: top-1, seeds, gain, time.
 
     The time is the processor's, as a multiple of what `base` took on the same kind of processor.
     """
-    right = analysis.right_answers("levers")
-    time = _relative_times(results.rows("levers/runs.csv"), base)
+    right = analysis.right_answers(experiment)
+    time = _relative_times(results.rows(f"{experiment}/runs.csv"), base)
     gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
     rows = []
     for trial in [base, *sorted(trials, key=lambda trial: -gains[trial].value)]:
