@@ -101,7 +101,8 @@ class _Fast:
 
     def forward(self, x: Tensor) -> Tensor:
         dtype, parts = autocast_dtype(x), (self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2)
-        known = all(type(part) in PARTS_OF_BLOCK for part in parts) and self.act.approximate == "none"
+        known = type(self.dwconv) is FastDepthwise and all(type(part) in PARTS_OF_BLOCK for part in parts)
+        known = known and self.act.approximate == "none"
         if not known or any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
             return super().forward(x)
         weights = [tensor for part in parts if part is not self.act for tensor in (part.weight, part.bias)]
@@ -111,8 +112,12 @@ class _Fast:
             return super().forward(x)
         gamma = getattr(self, "gamma", None)
         gamma = torch.ones_like(weights[-1]) if gamma is None else gamma
-        keep = self.drop_path(torch.ones(len(x), 1))
         weights[4], weights[6] = weights[4].flatten(1), weights[6].flatten(1)  # a 1x1 convolution's has four axes
+        c = x.shape[1]  # what fast.cpp takes for granted
+        sizes = [(c, 1, size, size), (c,), (c,), (c,), (4 * c, c), (4 * c,), (c, 4 * c), (c,), (c,)]
+        if [tuple(weight.shape) for weight in (*weights, gamma)] != sizes:
+            return super().forward(x)
+        keep = self.drop_path(torch.ones(len(x), 1))
         compute = BlockFunction.apply if torch.is_grad_enabled() else partial(BlockFunction.forward, None)
         return compute(dtype, self.norm.eps, x.float(), *weights, gamma, keep)
 

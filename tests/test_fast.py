@@ -177,6 +177,31 @@ def test_what_the_kernels_cannot_compute_is_computed_as_before():
         fast.accelerate(nn.Conv2d(3, 8, 4, 4))(torch.randn(1, 4, 8, 8))
 
 
+def narrow(block):
+    block.pwconv1, block.pwconv2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+
+def one_gamma(block):
+    block.gamma = nn.Parameter(torch.tensor([0.5]))
+
+
+def round_the_edge(block):
+    block.dwconv = nn.Conv2d(8, 8, 7, padding=3, padding_mode="circular", groups=8)
+
+
+def dense(block):
+    block.dwconv = nn.Conv2d(8, 8, 7, padding=3)
+
+
+@pytest.mark.parametrize("change", [narrow, one_gamma, round_the_edge, dense])
+def test_a_block_with_other_sizes_or_another_convolution_is_computed_as_before(change):
+    block = Block(8, layer_scale_init_value=1.0)
+    change(block)
+    x = torch.randn(2, 8, 9, 9)
+    right = gradients(block, x)
+    assert_same(gradients(fast.accelerate(block), x), right)
+
+
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
 def test_inference_computes_what_training_does(context):
     model, x = spread(convnext_atto(num_classes=3)).eval(), torch.randn(2, 3, 48, 48)
