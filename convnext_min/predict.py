@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from convnext_min import data
+from convnext_min import data, imagenet
 from convnext_min.data import Batches, ImageSet
 from convnext_min.recipes import Recipe
 from convnext_min.records import load_checkpoint
@@ -31,10 +32,24 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, resolution: int) -> Tensor:
-    """Probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as `convnext_min.train` evaluates."""
+    """Probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as `train` evaluates images in memory."""
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), (), "")
     batches = Batches(image_set, batch_size=64, resolution=resolution, train=False)
     return torch.cat([model(x).softmax(1) for x, _ in batches.epoch()])
+
+
+@torch.no_grad()
+def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
+    """Probabilities (classes,) for the image in a file, prepared as `train` evaluates; None for a broken one."""
+    if recipe.loader == "disk":
+        try:
+            with Image.open(path) as image:
+                x = imagenet.transform(recipe, False, recipe.eval_resolution)(image.convert("RGB"))
+        except imagenet.BROKEN:
+            return None
+        return model(x[None]).softmax(1)[0]
+    pixels = data.decode(path, recipe.image_size)  # (S, S, 3)
+    return None if pixels is None else predict(model, pixels.permute(2, 0, 1)[None], recipe.eval_resolution)[0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,19 +59,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=3, help="how many classes to print for an image")
     parser.add_argument("images", nargs="+", help="image files")
     args = parser.parse_args(argv)
+    if args.top < 1:
+        parser.error(f"--top must be 1 or more, got {args.top}")
     try:
         model, state = load_model(args.checkpoint)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    recipe, bad = state["recipe"], 0
+    recipe, bad = Recipe(**state["recipe"]), 0
     for path in args.images:
-        pixels = data.decode(Path(path), recipe["image_size"])  # (S, S, 3), or None
-        if pixels is None:
+        probabilities = predict_file(model, Path(path), recipe)
+        if probabilities is None:
             bad += 1
             reason = "cannot be read as an image" if Path(path).is_file() else "is not a file"
             print(f"error: {path} {reason}", file=sys.stderr)
             continue
-        probabilities = predict(model, pixels.permute(2, 0, 1)[None], recipe["eval_resolution"])[0]
         print(path)
         for probability, label in zip(*probabilities.topk(min(args.top, len(probabilities)))):
             print(f"  {probability:6.1%}  {state['classes'][label]}")

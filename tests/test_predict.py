@@ -1,11 +1,13 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from convnext_min import predict, train
+from convnext_min import imagenet, predict, recipes, train
 from convnext_min.data import offline_sample
 from convnext_min.recipes import Recipe
 
@@ -79,11 +81,23 @@ def test_bad_images_are_named_and_the_others_answered(trained, tmp_path, capsys)
     assert out.startswith(files[3]) and answers[3] in out
 
 
+def test_an_image_is_prepared_as_the_recipe_that_reads_from_the_disk_evaluates(trained):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    recipe = recipes.get("in1k", model="convnext_tiny")
+    given = predict.predict_file(model, Path(trained[1][0]), recipe)
+    with Image.open(trained[1][0]) as image:
+        x = imagenet.transform(recipe, False, recipe.eval_resolution)(image)
+    assert x.shape == (3, 224, 224) and torch.equal(given, model(x[None]).softmax(1)[0])
+
+
 def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
     cut = tmp_path / "cut.pt"
     with open(trained[0], "rb") as file:
         cut.write_bytes(file.read(3000))
-    for path, reason in ((cut, "is cut off"), (tmp_path / "none.pt", "there is no checkpoint")):
+    weights = tmp_path / "weights.pt"
+    torch.save({"weights": {}}, weights)
+    wrong = ((cut, "is cut off"), (tmp_path / "none.pt", "there is no checkpoint"), (weights, "holds no checkpoint"))
+    for path, reason in wrong:
         code, _, _ = run(capsys, "--checkpoint", str(path), trained[1][0])
         assert code.startswith("error: ") and str(path) in code and reason in code
 
