@@ -264,7 +264,7 @@ def run_trial(trial: Trial, seed: int, data: str | None, output: Path, threads: 
         "cpu": summary["machine"]["cpu"],
         "threads": threads,
     }
-    answers = {key(trial.name, seed): answers["answers"].astype(np.uint8), "labels": answers["labels"]}
+    answers = {key(trial.name, seed): answers["answers"], "labels": answers["labels"]}
     curve = [{"trial": trial.name, "seed": seed} | point for point in read_rows(folder / "log.csv")]
     return Made(row, answers, curve)
 
@@ -294,9 +294,11 @@ def run(
     """Make the runs of an experiment that `output`/`name`/runs.csv does not hold yet, all trials of a seed by turns.
 
     `workers` runs at a time share the cores. With `trials`, only those of these names. Returns all rows. Raises
-    ValueError, listing what is valid, for an unknown trial. A failed run is reported at the end, as RuntimeError, when
-    the others are done.
+    ValueError, listing what is valid, for an unknown trial, and for seeds or workers below 1. A failed run, or one that
+    was judged by other images than the rows before, is reported at the end, as RuntimeError, when the others are done.
     """
+    if seeds < 1 or workers < 1:
+        raise ValueError(f"seeds and workers must be positive, got {seeds} and {workers}")
     known = {trial.name: trial for trial in EXPERIMENTS[name]}
     for wanted in trials or ():
         if wanted not in known:
@@ -323,6 +325,10 @@ def run(
                     made = future.result()
                 except RuntimeError as error:
                     failures.append(str(error))
+                    continue
+                if not np.array_equal(made.answers["labels"], answers.get("labels", made.answers["labels"])):
+                    run_of = f"{made.row['trial']}, seed {made.row['seed']}"
+                    failures.append(f"{run_of}, was judged by other images than {folder}: take another --output")
                     continue
                 rows.append(made.row)
                 answers |= made.answers
@@ -369,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = run(args.experiment, args.output, args.seeds, args.data, args.workers, args.trials)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
     for row in summarize(rows):
         print(f"{row['trial']:<28} {row['top1']:>6.2f} ± {row['std'] or 0:.2f} % ({row['seeds']} seeds)")
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -30,7 +31,7 @@ def root(tmp_path):
 @pytest.fixture
 def experiment(monkeypatch):
     trials = [
-        Trial("a", "convnext_atto", "imagenette", TINY),
+        Trial("a", "convnext_atto", "imagenette", TINY, ("--holdout",)),
         Trial("b / c", "convnext_atto", "imagenette", (*TINY, "stem=overlapping"), ("--holdout",)),
     ]
     monkeypatch.setitem(experiments.EXPERIMENTS, "made", trials)
@@ -45,17 +46,20 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_p
     output = tmp_path / "results"
     experiments.run("made", output, seeds=1, data=str(root))
     first = rows(output / "made" / "runs.csv")
-    assert [(row["trial"], row["seed"], row["images"]) for row in first] == [("a", "0", "20"), ("b / c", "0", "10")]
+    assert [(row["trial"], row["seed"], row["images"]) for row in first] == [("a", "0", "10"), ("b / c", "0", "10")]
 
     train.main([*shlex.split(first[1]["options"]), "--data", str(root), "--output", str(tmp_path / "again")])
     summary = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert round(100 * summary["top1"], 3) == float(first[1]["top1"])
     assert summary["recipe"] == json.loads(first[1]["recipe"])
 
-    made = []
-    monkeypatch.setattr(
-        experiments, "run_trial", lambda trial, seed, *_: made.append((trial.name, seed)) or Made(first[0], {}, [])
-    )
+    made, labels = [], experiments.read_answers(output / "made" / "answers.npz")["labels"]
+
+    def note(trial, seed, *_):
+        made.append((trial.name, seed))
+        return Made(first[0], {"labels": labels}, [])
+
+    monkeypatch.setattr(experiments, "run_trial", note)
     experiments.run("made", output, seeds=2, data=str(root))
     assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
     card = json.loads((output / "made" / "card.json").read_text())
@@ -66,7 +70,7 @@ def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, t
     monkeypatch.setitem(experiments.EXPERIMENTS, "made", experiments.EXPERIMENTS["made"][:1])
     (row,) = experiments.run("made", tmp_path, seeds=1, data=str(root))
     answers = experiments.read_answers(tmp_path / "made" / "answers.npz")
-    assert answers["a/0"].shape == (20,)
+    assert answers["a/0"].shape == (10,)
     assert 100 * (answers["a/0"] == answers["labels"]).mean() == pytest.approx(row["top1"], abs=1e-3)
     (point,) = rows(tmp_path / "made" / "curves.csv")  # of the one epoch
     assert (point["trial"], point["seed"], int(point["step"])) == ("a", "0", row["steps"])
@@ -75,12 +79,31 @@ def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, t
 def test_some_trials_alone(experiment, root, tmp_path, monkeypatch):
     made = []
     row = {"trial": "b / c", "top1": "1", "cpu_seconds": "1", "parameters": "1", "seed": "0", "commit": "", "cpu": ""}
-    monkeypatch.setattr(experiments, "run_trial", lambda trial, *_: made.append(trial.name) or Made(row, {}, []))
+    answers = {"labels": np.zeros(3)}
+    monkeypatch.setattr(experiments, "run_trial", lambda trial, *_: made.append(trial.name) or Made(row, answers, []))
     monkeypatch.setattr(experiments, "write_rows", lambda *_: None)
     experiments.run("made", tmp_path, seeds=1, data=str(root), trials=["b / c"])
     assert made == ["b / c"]
     with pytest.raises(ValueError, match="made has no trial 'c'; valid: a, b / c"):
         experiments.run("made", tmp_path, seeds=1, trials=["c"])
+    with pytest.raises(ValueError, match="seeds and workers must be positive, got 1 and 0"):
+        experiments.run("made", tmp_path, seeds=1, workers=0)
+
+
+def test_a_run_judged_by_other_images_is_refused_and_the_rows_before_stay(experiment, tmp_path, monkeypatch):
+    row = {"top1": "1", "cpu_seconds": "1", "parameters": "1", "commit": "", "cpu": "", "options": ""}
+
+    def judged(trial, seed, *_):
+        labels = np.arange(20 if seed == 0 else 10)
+        made = row | {"trial": trial.name, "seed": str(seed)}
+        return Made(made, {experiments.key(trial.name, seed): labels, "labels": labels}, [{"trial": trial.name}])
+
+    monkeypatch.setattr(experiments, "run_trial", judged)
+    experiments.run("made", tmp_path, seeds=1)
+    with pytest.raises(RuntimeError, match=r"a, seed 1, was judged by other images than .*made: take another --output"):
+        experiments.run("made", tmp_path, seeds=2)
+    assert [made["seed"] for made in rows(tmp_path / "made" / "runs.csv")] == ["0", "0"]
+    assert len(experiments.read_answers(tmp_path / "made" / "answers.npz")["labels"]) == 20
 
 
 def test_a_run_of_another_experiment_is_taken_from_there(experiment, root, tmp_path, monkeypatch):
