@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError for a file that is cut off or something else; both name the file.
     """
     state = read(path)
-    if not isinstance(state, dict) or "weights" not in state:
+    if not isinstance(state, dict) or not {"weights", "ema", "model", "recipe", "classes"} <= state.keys():
         raise ValueError(f"{path} holds no checkpoint of convnext_min.train")
     return state
 
@@ -258,19 +259,19 @@ def most_confused(predictions: Tensor, labels: Tensor, classes: tuple[str, ...])
 
 def environment() -> dict[str, Any]:
     """What a result depends on besides the recipe: command, commit, versions and machine."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git; not in its repository
+        ask = partial(subprocess.run, check=True, capture_output=True, text=True)
+        ask([*git, "ls-files", "--error-unmatch", Path(__file__).name])  # not a repository that this is installed in
+        commit = ask([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]).stdout.strip()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     launcher, arguments = ["python"], sys.orig_argv[1:]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this as python -u -m ...
         launcher, arguments = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]], arguments[1:]
     return {
         "command": [*launcher, *arguments],
-        "commit": found.stdout.strip() or None,
+        "commit": commit,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -247,3 +248,18 @@ def test_the_command_of_a_result_names_what_started_it(monkeypatch):
     assert command == ["torchrun", "--nproc-per-node", "2", "-m", "convnext_min.train", "--epochs", "1"]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert records.environment()["command"][:2] == ["python", "-u"]
+
+
+def test_a_result_names_the_commit_of_this_repository_and_of_no_other(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    installed = tmp_path / "site-packages" / "convnext_min" / "records.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    options = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "not ours"]
+    subprocess.run(["git", "-C", tmp_path, *options], check=True)
+    monkeypatch.setattr(records, "__file__", str(installed))
+    assert records.environment()["commit"] is None
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    assert len(records.environment()["commit"].removesuffix("-dirty")) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.environment()["commit"] is None  # there is no git
