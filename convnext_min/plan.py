@@ -96,6 +96,8 @@ def plan(
     for name, value in (("images", images), ("processes", processes), ("images of a process", per_process)):
         if value < 1:
             raise ValueError(f"the number of {name} must be positive, got {value}")
+    if images_per_second is not None and images_per_second <= 0:
+        raise ValueError(f"the images a second must be positive, got {images_per_second:g}")
     accumulation = max(1, round(recipe.batch_size / (processes * per_process)))
     batch = processes * per_process * accumulation
     planned = Plan(
@@ -168,7 +170,11 @@ def from_arguments(args: argparse.Namespace) -> Plan:
     recipe = recipes.get(args.recipe, settings, args.model)
     speed = args.images_per_second
     if args.measure:
+        if args.gpus < 1:
+            raise ValueError(f"the number of processes must be positive, got {args.gpus}")
         speed = measure_speed(args.model, recipe, args.per_gpu_batch or max(1, recipe.batch_size // args.gpus))
-    images = args.images or IMAGES.get(args.recipe, IMAGES["in1k"])
+    images = args.images
+    if images is None:
+        images = IMAGES.get(args.recipe, IMAGES["in1k" if args.recipe in recipes.PER_MODEL else "imagenette"])
     stride = 16 if "isotropic" in args.model else 32
     return plan(recipe, images, args.gpus, args.per_gpu_batch, speed, recipes.RECIPES[args.recipe], stride)

@@ -104,5 +104,14 @@ def test_the_command_line_plans_and_measures(capsys):
     small = ["depths=(1,1,1,1)", "dims=(8,8,8,8)", "resolution=64", "batch_size=4"]
     recipes.main(["plan", "--recipe", "imagenette", "--model", "convnext_atto", "--measure", "--set", *small])
     assert "images a second in each process" in capsys.readouterr().out
+    recipes.main(["plan", "--recipe", "road", "--model", "road:convnext"])
+    assert "147 steps an epoch" in capsys.readouterr().out
+    for more, message in (
+        (["--images-per-second", "0"], "error: the images a second must be positive, got 0"),
+        (["--gpus", "0", "--measure"], "error: the number of processes must be positive, got 0"),
+        (["--images", "0"], "error: the number of images must be positive, got 0"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            recipes.main(["plan", "--recipe", "in1k", "--model", "convnext_tiny", *more])
     with pytest.raises(SystemExit, match="error: the paper has no in1k for convnext_xlarge"):
         recipes.main(["plan", "--recipe", "in1k", "--model", "convnext_xlarge"])
