@@ -105,12 +105,15 @@ def contest(
 
     Each is tried with all `settings`, and the fastest of them goes through. Then `rounds` rounds: each in turn for
     `seconds`. All have the same allocator settings (`fast.keep_freed_memory`), threads and images. Returns what
-    belongs into a results file. Raises ValueError, listing what is valid, for an unknown rival, model or mode.
+    belongs into a results file. Raises ValueError, listing what is valid, for an unknown rival, model or mode,
+    and for numbers that are too small.
     """
     models = [name for name in vars(convnext) if name.startswith("convnext_")]
     for value, valid in ((model, models), (mode, ("train", "infer")), *((rival, CONTESTANTS) for rival in rivals)):
         if value not in valid:
             raise ValueError(f"unknown {value!r}; valid: {', '.join(valid)}")
+    if resolution < 32 or batch_size < 1 or rounds < 1:
+        raise ValueError(f"it takes 32 px, an image and a round at least, got {resolution}, {batch_size}, {rounds}")
     fast.keep_freed_memory()
     names = ["convnext_min", *(rival for rival in rivals if rival != "convnext_min")]
     trials: dict[str, dict[str, float]] = {name: {} for name in names}

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue in [0, 1], and their standard deviations
 STD = (0.229, 0.224, 0.225)
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
 
 WNIDS = {
     "n01440764": "tench",
@@ -165,7 +166,7 @@ def decode(path: Path, size: int) -> Tensor | None:
         with Image.open(path) as image:
             image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that is no smaller than that
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+    except BROKEN:
         return None
     return torch.from_numpy(np.array(square))
 

@@ -57,7 +57,8 @@ def _lines(thing: object) -> list[str]:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             docstring = node.body[0]
             drop.update(range(docstring.lineno - 1, docstring.end_lineno))
-            if not lines[docstring.end_lineno].strip():  # the blank line that set the docstring off
+            behind = lines[docstring.end_lineno :]  # starts with the blank line that sets the docstring off
+            if behind and not behind[0].strip():
                 drop.add(docstring.end_lineno)
     return [line for i, line in enumerate(lines) if i not in drop]
 

@@ -105,7 +105,7 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 def images_at_a_time(recipe: Recipe, setup: Setup) -> int:
     """How many images a process takes at a time. Raises ValueError if such parts do not make up the batch."""
     batch, world = recipe.batch_size, distributed.world()
-    size = setup.per_device_batch or batch // world
+    size = batch // world if setup.per_device_batch is None else setup.per_device_batch
     if size < 1 or batch % (size * world):
         per = f"{size} images" + (f" in each of {world} processes" if world > 1 else "")
         raise ValueError(f"a batch of {batch} images cannot be made up of parts of {per}")
@@ -155,6 +155,8 @@ class Run:
         self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, **options)
         self.mix = self.erase = None
         if recipe.mixup or recipe.cutmix:
+            if min(recipe.batch_size, batches.images) % 2:
+                raise ValueError(f"mixup and cutmix need an even batch, and there are only {batches.images} images")
             self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
         if recipe.erasing and not getattr(batches, "erases", False):
             self.erase = RandomErasing(recipe.erasing, mode="pixel", device=self.device)
@@ -187,8 +189,11 @@ class Run:
 
     def _check_outputs(self, name: str, classes: int) -> None:
         side = self.recipe.resolution
-        with torch.no_grad():
-            outputs = tuple(self.model.eval()(torch.zeros(2, 3, side, side, device=self.device)).shape)
+        try:
+            with torch.no_grad():
+                outputs = tuple(self.model.eval()(torch.zeros(2, 3, side, side, device=self.device)).shape)
+        except (AssertionError, RuntimeError) as error:  # one for another size of image, say
+            raise ValueError(f"{name} does not take images of {side}x{side} pixels: {error}") from error
         if outputs != (2, classes):
             raise ValueError(f"the data has {classes} classes, but for two images {name} gives a tensor {outputs}")
         self.model.train()
@@ -238,6 +243,8 @@ class Run:
         if self.recipe.minutes is None:
             return self.step / (self.recipe.epochs * len(self.batches))
         first, last = self.window
+        if last <= first:  # not open yet, as in a dry run
+            return 0.0
         return min(1.0, (self.now - first) / (last - first))
 
     def open_window(self, evaluation: float) -> None:

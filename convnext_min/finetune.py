@@ -66,7 +66,7 @@ def read_weights(path: Path | str, averaged: bool = False) -> tuple[dict[str, Te
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         kind = "averaged weights" if averaged else "weights"
         raise ValueError(f"{path} holds no {kind}: nothing under {key!r}")
-    return dict(weights), tuple(state["classes"]) if ours else None
+    return dict(weights), tuple(state["classes"]) if "classes" in state else None
 
 
 def read_class_map(path: Path | str, new: int, old: int) -> Tensor:

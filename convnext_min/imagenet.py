@@ -29,11 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
-from convnext_min.data import WNIDS
+from convnext_min.data import BROKEN, WNIDS
 from convnext_min.recipes import Recipe
 
 IMAGENET_1K = {"train": 1_281_167, "val": 50_000}  # images
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for damaged files
 CHUNK = 32  # images that a worker hands over at a time: large batches need not fit into every worker
 TRIES = 100  # images in a row that cannot be read before it is not the images' fault
 
@@ -103,7 +102,7 @@ class Shards:
     through once; then images are read from their places, in any order. (timm's reader streams them: what comes next
     then depends on the workers, and an evaluation by several processes can repeat or miss images.) Classes have the
     names in root/classes.txt, one a line, if there is such a file, otherwise numbers. Raises FileNotFoundError if there
-    is no tar, ValueError for an image without label.
+    is no tar or no image, ValueError for an image without label and for a tar that is cut off.
     """
 
     def __init__(self, root: Path | str, split: str):
@@ -115,20 +114,25 @@ class Shards:
         keys, places, labels = [], [], []
         for number, tar in enumerate(tqdm(self.tars, f"{split} shards", unit="tar", delay=2, disable=None)):
             images, classes = {}, {}
-            with tarfile.open(tar, "r:") as file:
-                for member in file:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, kind = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    if f".{kind.lower()}" in IMG_EXTENSIONS:
-                        images[key] = (number, member.offset_data, member.size)
-                    elif kind == "cls":
-                        classes[key] = int(file.extractfile(member).read())
+            try:
+                with tarfile.open(tar, "r:") as file:
+                    for member in file:
+                        folder, _, base = member.name.rpartition("/")
+                        stem, _, kind = base.partition(".")
+                        key = f"{folder}/{stem}" if folder else stem
+                        if f".{kind.lower()}" in IMG_EXTENSIONS:
+                            images[key] = (number, member.offset_data, member.size)
+                        elif kind == "cls":
+                            classes[key] = int(file.extractfile(member).read())
+            except tarfile.TarError as error:
+                raise ValueError(f"{tar} is cut off, or no tar file ({error}): fetch it again") from error
             if missing := images.keys() - classes.keys():
                 raise ValueError(f"{tar} has {len(missing)} images without a .cls file, such as {min(missing)}")
             keys += images
             places += images.values()
             labels += [classes[key] for key in images]
+        if not keys:
+            raise FileNotFoundError(f"no images in the {len(tars)} tar files of {split!r} in {self.root}")
         self.keys, self.labels, self.places = Names(keys), np.array(labels), np.array(places, dtype=np.int64)
         names = self.root / "classes.txt"
         self.classes = tuple(names.read_text().split("\n") if names.exists() else map(str, range(max(labels) + 1)))
@@ -511,6 +515,8 @@ def main(argv: list[str] | None = None) -> None:
     maps.add_argument("target", help="the same: ImageNet-1K's")
     maps.add_argument("output")
     args = parser.parse_args(argv)
+    if args.command == "check" and args.workers < 0:
+        parser.error(f"--workers must be 0 or more, got {args.workers}")
     try:
         if args.command == "class-map":
             numbers = class_map(_class_list(args.source), _class_list(args.target))

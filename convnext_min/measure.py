@@ -124,7 +124,7 @@ class Throughput(NamedTuple):
 def throughput(
     model: nn.Module, resolution: int = 224, batch_size: int = 8, training: bool = False, repeats: int = 5
 ) -> Throughput:
-    """Images a second of the forward pass, or of forward and backward when `training`, in fp32 on the model's device.
+    """Images a second of the forward pass, or of forward and backward when `training`, on the model's device.
 
     One pass warms up, then `repeats` are timed one by one.
     """

@@ -38,6 +38,8 @@ RANGES = (  # fields, what holds for their values, and how to say it
     ),
     (("schedule",), lambda value: value in ("cosine", "steps"), "cosine or steps"),
     (("fraction",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    (("crop_scale",), lambda value: 0 < value[0] <= value[1] <= 1, "two growing fractions above 0 and at most 1"),
+    (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "at least 0 and below 1"),
     (("stem",), lambda value: value in STEMS, " or ".join(STEMS)),
     (("init",), lambda value: value in INITS, " or ".join(INITS)),
     (("layer_decay", "eval_crop"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -465,7 +467,7 @@ def show(name: str, model: str, settings: Iterable[str] = ()) -> str:
         value = getattr(recipe, field.name)
         shown = repr(value) if isinstance(value, (str, tuple)) else f"{value}"
         if field.name == "warmup":
-            shown = f"{value * recipe.epochs:g} epochs"
+            shown = f"{value * recipe.epochs:g} epochs" if recipe.minutes is None else f"{value:.0%} of the time"
         lines.append(f"{field.name:<17} {shown:<28} {source(name, field.name, model, field.name in changed)}")
     return "\n".join(lines)
 

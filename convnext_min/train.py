@@ -34,6 +34,14 @@ from convnext_min.plan import plan
 from convnext_min.recipes import Recipe
 
 VARIANTS = {name: build for name, build in vars(convnext).items() if name.startswith("convnext_")}
+# What a recipe says of the network itself, and whose networks have it: `VARIANTS` or the road's.
+OF_THE_NETWORK = dict.fromkeys(("depths", "dims", "stem", "layer_scale_init", "head_init_scale"), ("ours",))
+OF_THE_NETWORK |= {"init": ("ours", "road"), "width_multiplier": ("road",)}
+# How a library makes a network, and what it calls the rate of stochastic depth.
+LIBRARIES = {
+    "timm": (timm.create_model, "drop_path_rate"),
+    "torchvision": (torchvision.models.get_model, "stochastic_depth_prob"),
+}
 CHECKPOINT = "checkpoint.pt"
 ANSWERS = "answers.npz"  # the class given to each validation image, and the right one
 EVAL_BATCH = 64  # images of a process
@@ -42,14 +50,15 @@ EVAL_BATCH = 64  # images of a process
 def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
     """The network called `name`: one of `VARIANTS`, `road:<step>`, `timm:<name>` or `torchvision:<name>`.
 
-    Raises ValueError, listing what is valid, for any other name.
+    Raises ValueError, listing what is valid, for any other name, and for a recipe that sets what the network has not.
     """
     library, _, rest = name.rpartition(":")
     plain = Recipe()
-    for key in ("depths", "dims", "stem", "init"):
-        settable = name in VARIANTS or (library == "road" and key == "init")
-        if not settable and getattr(recipe, key) != getattr(plain, key):
-            raise ValueError(f"{key} can be set for {', '.join(VARIANTS)}, not for {name!r}")
+    for key, owners in OF_THE_NETWORK.items():
+        owner = "ours" if name in VARIANTS else library
+        if owner not in owners and getattr(recipe, key) != getattr(plain, key):
+            whose = " and ".join({"ours": ", ".join(VARIANTS), "road": "road:<step>"}[owner] for owner in owners)
+            raise ValueError(f"{key} can be set for {whose}, not for {name!r}: --set {key}={getattr(plain, key)}")
     if name in VARIANTS:
         sizes = {key: value for key in ("depths", "dims") if (value := getattr(recipe, key)) is not None}
         model = VARIANTS[name](
@@ -67,10 +76,16 @@ def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
         if recipe.init == "fan_in":
             small.init_fan_in(model)
         return model
-    if library == "timm":
-        return timm.create_model(rest, num_classes=num_classes, drop_path_rate=recipe.drop_path)
-    if library == "torchvision":
-        return torchvision.models.get_model(rest, num_classes=num_classes, stochastic_depth_prob=recipe.drop_path)
+    if library in LIBRARIES:
+        create, rate = LIBRARIES[library]
+        try:
+            return create(rest, num_classes=num_classes, **{rate: recipe.drop_path})
+        except TypeError:  # not all networks have it
+            if recipe.drop_path:
+                raise ValueError(f"{name} has no stochastic depth: --set drop_path=0.0") from None
+            return create(rest, num_classes=num_classes)
+        except RuntimeError as error:  # timm's for an unknown name
+            raise ValueError(f"{name} cannot be made: {error}") from None
     raise ValueError(
         f"unknown model {name!r}; valid: {', '.join(VARIANTS)}, timm:<name>, torchvision:<name>, and road:<step> with "
         f"a step out of {', '.join(roadmap.STEPS)}"
@@ -114,11 +129,15 @@ def evaluate(model: nn.Module, batches: Batches, amp: str = "auto", limit: int |
 
 def evaluation_seconds(model: nn.Module, batches: Batches, amp: str) -> float:
     """About how long `evaluate` takes, judged by its first batches without the very first, which warms up."""
-    few = min(2, len(batches))
-    evaluate(model, batches, amp, few)
-    since = time.perf_counter()
-    evaluate(model, batches, amp, few)
-    return distributed.first((time.perf_counter() - since) * len(batches) / few)
+    few = min(3, len(batches))
+    evaluate(model, batches, amp, few)  # warms up
+    ends = [time.perf_counter()]
+    for count in (1, few):
+        evaluate(model, batches, amp, count)
+        ends.append(time.perf_counter())
+    first, several = (end - start for start, end in itertools.pairwise(ends))
+    each = max(0.0, several - first) / max(1, few - 1)  # without what comes once: processes that read start
+    return distributed.first(first + each * (len(batches) - 1))
 
 
 class History(NamedTuple):
@@ -374,6 +393,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="try a step, a checkpoint and an evaluation, leave nothing"
     )
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or more, got {args.seed}")
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run")
     if (args.finetune_ema or args.class_map) and not args.finetune:

@@ -59,3 +59,9 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
 def test_unknown_names_are_refused_with_those_that_are_known(options, valid, tmp_path):
     with pytest.raises(SystemExit, match=f"unknown '.*'; valid: .*{valid}"):
         measure.main(["--against", *options, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("options", [("--resolution", "16"), ("--batch", "0"), ("--rounds", "0")])
+def test_a_contest_of_nothing_is_refused_before_it_begins(options, tmp_path):
+    with pytest.raises(SystemExit, match="error: it takes 32 px, an image and a round at least"):
+        measure.main(["--against", "timm", *options, "--output", str(tmp_path)])

@@ -1,6 +1,6 @@
 import pytest
 
-from convnext_min import STEPS, blocks
+from convnext_min import STEPS, blocks, fast
 from convnext_min.diff import step_diff
 
 
@@ -16,6 +16,10 @@ def test_docstrings_are_left_out():
     lines = step_diff(blocks.Bottleneck, blocks.ConvNeXtBlock, context=100).lines
     assert not any('"""' in line for line in lines)
     assert lines[:2] == ["-class Bottleneck(nn.Module):", "-    expansion = 4"]  # nor does a blank line stay behind
+
+
+def test_a_class_that_is_a_docstring_alone_can_be_shown():
+    assert step_diff(blocks.ConvNeXtBlock, fast.FastRoadBlock, context=0).lines[-1].startswith("+class FastRoadBlock")
 
 
 def test_designs_differ_in_their_fields():

@@ -282,6 +282,17 @@ def test_a_shard_without_labels_is_named(root, tmp_path):
         open_source(f"wds/{tmp_path}", "train")
 
 
+def test_a_shard_that_is_cut_off_or_empty_is_named(root, tmp_path):
+    write_shards(root, tmp_path, 1)
+    (shard,) = tmp_path.glob("*val*.tar")
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"val-0000\.tar is cut off, or no tar file \(.*\): fetch it again"):
+        open_source(f"wds/{tmp_path}", "val")
+    tarfile.open(shard, "w").close()
+    with pytest.raises(FileNotFoundError, match="no images in the 1 tar files of 'val'"):
+        open_source(f"wds/{tmp_path}", "val")
+
+
 def test_a_hugging_face_dataset_is_read_through_timm(root, monkeypatch):
     asked, folder = [], Folder(root / "val")
 

@@ -128,7 +128,8 @@ def test_averaged_weights_follow_their_recursion(images):
 
 
 def test_averages_hold_the_running_statistics_of_batch_norm(images):
-    recipe = replace(TINY, depths=None, dims=None, width_multiplier=0.125)
+    of_road = {"depths": None, "dims": None, "layer_scale_init": Recipe.layer_scale_init, "width_multiplier": 0.125}
+    recipe = replace(TINY, **of_road)
     run = new_run(recipe, images, name="road:fewer_norms")
     for x, y in run.batches.epoch(0):
         run.train_step(x, y)
@@ -317,7 +318,7 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="No space left"):
         records.save_checkpoint({"weights": {}, "step": 2}, path)
-    assert records.load_checkpoint(path)["step"] == 1
+    assert records.read(path)["step"] == 1
 
 
 def test_a_checkpoint_that_is_cut_off_or_something_else_is_named(tmp_path):
@@ -461,8 +462,7 @@ def test_a_run_leaves_its_log_its_curve_and_what_it_takes_to_repeat_it(images, t
 
 @pytest.mark.parametrize("name", ["road:convnext", "timm:convnext_atto", "torchvision:convnext_tiny"])
 def test_models_of_the_road_and_of_other_libraries_have_names(name):
-    recipe = replace(TINY, depths=None, dims=None, width_multiplier=0.25, drop_path=0.1)
-    assert train.make_model(name, recipe, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert train.make_model(name, Recipe(drop_path=0.1), 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_a_model_gets_what_the_recipe_says():
@@ -473,13 +473,33 @@ def test_a_model_gets_what_the_recipe_says():
 
 
 def test_wrong_models_say_what_is_right():
-    plain = replace(TINY, depths=None, dims=None)
+    plain = Recipe()
     with pytest.raises(ValueError, match=r"unknown model 'convnext'; valid: convnext_atto,.*road:<step>.*depthwise"):
         train.make_model("convnext", plain, 10)
     with pytest.raises(ValueError, match="unknown step 'kernel13'; valid"):
         train.make_model("road:kernel13", plain, 10)
     with pytest.raises(ValueError, match=r"depths can be set for convnext_atto.*not for 'road:gelu'"):
         train.make_model("road:gelu", TINY, 10)
+    for name, changes, message in (
+        ("timm:convnext_atto", {"layer_scale_init": 0.2}, "for 'timm:convnext_atto': --set layer_scale_init=1e-06"),
+        ("convnext_atto", {"width_multiplier": 0.25}, "width_multiplier can be set for road:<step>, not for"),
+        ("timm:convnext_atta", {}, "timm:convnext_atta cannot be made: Unknown model"),
+        ("torchvision:vgg11", {"drop_path": 0.1}, "torchvision:vgg11 has no stochastic depth: --set drop_path=0.0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train.make_model(name, replace(plain, **changes), 10)
+    assert train.make_model("torchvision:squeezenet1_1", plain, 10)(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_a_network_for_one_size_of_image_says_so(images):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of 32x32 pixels: .*224"):
+        train.train("timm:vit_tiny_patch16_224", Recipe(resolution=32, batch_size=8), images, images)
+
+
+def test_mixing_needs_images_in_pairs(images):
+    odd = ImageSet(images.images[:39], images.labels[:39], images.classes, "39 images")
+    with pytest.raises(ValueError, match="mixup and cutmix need an even batch, and there are only 39 images"):
+        train.train("convnext_atto", replace(TINY, batch_size=64, mixup=0.8), odd, images)
 
 
 def test_classes_must_fit(images):
@@ -508,6 +528,8 @@ def test_a_network_of_ones_own_is_trained_in_place(images):
         (["--data", "nowhere"], "error: nowhere not found in the given path"),
         (["--epochs", "many"], "error: epochs takes int, got 'many'"),
         (["--set", "lr=1"], "error: cannot set 'lr=1'"),
+        (["--set", "crop_scale=(0.9,0.1)"], "error: crop_scale must be two growing fractions above 0 and at most 1"),
+        (["--set", "betas=(0.9,2.0)"], "error: betas must be at least 0 and below 1, got (0.9, 2.0)"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_a_line(arguments, message, tmp_path, monkeypatch):
@@ -604,6 +626,23 @@ def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_some_minutes_has_no_window(folder, tmp_path, capsys):
+    train.main(arguments(folder, tmp_path / "new", "--dry-run", "--minutes", "3"))
+    assert "OK: a batch" in capsys.readouterr().out
+
+
+def test_the_time_of_an_evaluation_leaves_out_what_comes_once(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+
+    def evaluate(model, batches, amp, limit):
+        now.seconds += 5.0 + 0.25 * limit  # processes that read images start, then a batch takes its time
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    for number in (1, 2, 40):
+        assert train.evaluation_seconds(None, range(number), "fp32") == pytest.approx(5.0 + 0.25 * number)
+
+
 def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, capsys):
     more = ("--recipe", "in1k", "--epochs", "1", "--workers", "0")
     train.main(arguments(folder, tmp_path / "run", *more))
@@ -617,6 +656,7 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
     [
         (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
         (("--per-device-batch", "3"), "error: a batch of 8 images cannot be made up of parts of 3 images"),
+        (("--per-device-batch", "0"), "error: a batch of 8 images cannot be made up of parts of 0 images"),
         (("--finetune", "none.pt"), "error: there is no none.pt"),
         (("--fsdp",), "error: --fsdp splits the network over processes: start several, with torchrun"),
         (("--save-every", "often"), "error: save_every takes steps"),
