@@ -4,6 +4,7 @@ Everything is computed from the answers that each run gave to each validation im
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -88,10 +89,16 @@ def rank_agreement(right: Mapping[str, Right]) -> Interval:
 def _resampled(values: np.ndarray) -> np.ndarray:
     """(seeds, images) to (DRAWS, seeds): seeds drawn with replacement, each a mean over images drawn so, too."""
     seeds, images = values.shape
-    rng = np.random.default_rng(0)  # the same draws for whatever is compared
+    counts, drawn = _draws(seeds, images)
+    return np.take_along_axis(counts @ values.T / images, drawn, 1)
+
+
+@lru_cache(2)
+def _draws(seeds: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each image is drawn (DRAWS, images), and which seeds (DRAWS, seeds): the same for all comparisons."""
+    rng = np.random.default_rng(0)
     counts = rng.multinomial(images, np.full(images, 1 / images), size=DRAWS).astype(np.float32)
-    means = counts @ values.T / images
-    return np.take_along_axis(means, rng.integers(seeds, size=means.shape), 1)
+    return counts, rng.integers(seeds, size=(DRAWS, seeds))
 
 
 def _bounds(values) -> tuple[float, float]:
