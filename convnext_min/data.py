@@ -219,7 +219,11 @@ def _downloaded(px: str) -> Path | None:
                 raise OSError(
                     f"the download of {url} broke off ({error}); run it again, or set IMAGENETTE_DIR"
                 ) from error
-            (Path(partial) / folder.name).rename(folder)
+            try:
+                (Path(partial) / folder.name).rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     finally:
         socket.setdefaulttimeout(timeout)
     return folder

@@ -1,6 +1,7 @@
 """Where images come from, what happens to damaged ones, and that batches are what they claim to be."""
 
 import functools
+import shutil
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -110,6 +111,18 @@ def archive(root, tmp_path, monkeypatch):
         monkeypatch.setattr(Imagenette, "_ARCHIVES", {"160px": (url, None)})
         yield path
         server.shutdown()
+
+
+def test_a_process_that_downloads_more_slowly_than_another_takes_its_images(archive, monkeypatch, tmp_path):
+    plain = Imagenette.__init__
+
+    def download(self, root, *arguments, **options):
+        plain(self, root, *arguments, **options)
+        name = "imagenette2-160"
+        shutil.copytree(f"{root}/{name}", tmp_path / "home" / ".cache" / "convnext_min" / name)
+
+    monkeypatch.setattr(Imagenette, "__init__", download)
+    assert len(imagenette("train", size=32)) == 6
 
 
 def test_the_download(archive, capsys):
