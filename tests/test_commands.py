@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convnext_min import recipes, train
+from convnext_min import imagenet, recipes, train
 from convnext_min.plan import plan
 
 PAGE = (Path(__file__).parents[1] / "book" / "imagenet.md").read_text()
@@ -16,6 +16,14 @@ TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
 
 def test_the_page_has_commands_of_every_kind():
     assert len(TRAINING) >= 7 and any("convnext_min.imagenet check" in line for line in COMMANDS)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "convnext_min.imagenet " in line])
+def test_a_command_about_the_images_is_taken(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(imagenet, "check", lambda *_: [])
+    monkeypatch.setattr(imagenet, "_class_list", lambda _: ["n01440764"])
+    imagenet.main(shlex.split(line)[3:])
 
 
 @pytest.mark.parametrize("line", TRAINING)

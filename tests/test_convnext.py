@@ -1,5 +1,7 @@
 """The reference against timm, torchvision, its other formulation and what the paper says of it."""
 
+import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,10 @@ def test_every_parameter_gets_a_gradient():
 def test_the_file_stands_alone(tmp_path):
     source = Path(package.__file__).read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 150
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names == {"torch"}
     namespace = {"__name__": "copied"}
     exec(compile(source.replace("convnext_min", "forbidden"), "convnext.py", "exec"), namespace)
     assert namespace["convnext_atto"](num_classes=2)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)

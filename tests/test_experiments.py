@@ -1,9 +1,12 @@
+import contextlib
 import csv
 import json
 import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +32,18 @@ def root(tmp_path):
 
 
 @pytest.fixture
+def here(monkeypatch):
+    """Runs are made in this process, which has imported everything; those of the test of a failed run are real ones."""
+
+    def run(command, stdout, stderr, env):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            train.main(command[3:])  # after python -m convnext_min.train
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+@pytest.fixture
 def experiment(monkeypatch):
     trials = [
         Trial("a", "convnext_atto", "imagenette", TINY, ("--holdout",)),
@@ -42,7 +57,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_path, monkeypatch):
+def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root, tmp_path, monkeypatch):
     output = tmp_path / "results"
     experiments.run("made", output, seeds=1, data=str(root))
     first = rows(output / "made" / "runs.csv")
@@ -66,7 +81,7 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, root, tmp_p
     assert card["runs"] == 4 and card["cpus"] == [first[0]["cpu"]]
 
 
-def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, root, tmp_path, monkeypatch):
+def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, here, root, tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "made", experiments.EXPERIMENTS["made"][:1])
     (row,) = experiments.run("made", tmp_path, seeds=1, data=str(root))
     answers = experiments.read_answers(tmp_path / "made" / "answers.npz")
@@ -106,7 +121,7 @@ def test_a_run_judged_by_other_images_is_refused_and_the_rows_before_stay(experi
     assert len(experiments.read_answers(tmp_path / "made" / "answers.npz")["labels"]) == 20
 
 
-def test_a_run_of_another_experiment_is_taken_from_there(experiment, root, tmp_path, monkeypatch):
+def test_a_run_of_another_experiment_is_taken_from_there(experiment, here, root, tmp_path, monkeypatch):
     same, other = (
         Trial(name, "convnext_atto", "imagenette", (*TINY, f"base_lr={lr}")) for name, lr in (("x", 1e-3), ("y", 2e-3))
     )
@@ -141,7 +156,10 @@ def test_summary_is_mean_and_standard_deviation():
     assert (b["top1"], b["std"], b["seeds"]) == (20.0, "", 1)
 
 
-@pytest.mark.parametrize("folder", sorted(Path("book/results").glob("*/runs.csv")), ids=lambda path: path.parent.name)
+RUNS = sorted((Path(__file__).parents[1] / "book" / "results").glob("*/runs.csv"))
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.parent.name)
 def test_committed_summaries_follow_from_the_committed_runs(folder):
     expected = experiments.summarize(rows(folder))
     assert rows(folder.parent / "summary.csv") == [{k: str(v) for k, v in row.items()} for row in expected]

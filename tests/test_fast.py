@@ -218,15 +218,19 @@ def test_inference_computes_what_training_does(context):
 def test_torch_compile_sees_the_plain_model():
     model = fast.accelerate(Block(8, layer_scale_init_value=1.0))
     x = torch.randn(2, 8, 6, 6)
-    assert torch.allclose(torch.compile(model, backend="eager")(x), model(x), atol=1e-6)
+    compiled_model = torch.compile(model, backend="eager", fullgraph=True)  # the kernels could not be traced
+    assert torch.allclose(compiled_model(x), model(x), atol=1e-6)
 
 
 def test_averages_of_the_weights_go_on_working():
     model = fast.accelerate(convnext_atto(num_classes=3))
     average = torch.optim.swa_utils.AveragedModel(model)
-    gradients(model, torch.randn(1, 3, 64, 64))
     average.update_parameters(model)
-    assert torch.equal(average(x := torch.randn(1, 3, 64, 64)), model(x))
+    before = model.head.weight.detach().clone()
+    model.head.weight.data.add_(1.0)
+    average.update_parameters(model)
+    torch.testing.assert_close(average.module.head.weight.data, before + 0.5)
+    assert average(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
 def test_processes_that_start_together_do_not_disturb_each_other():

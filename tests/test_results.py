@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_the_readme_has_the_accuracies_of_the_runs(path):
     line += f"{summary['top1']:.1%} | {summary['seed']} | {summary['machine']['cpu']} |"
     assert line in (ROOT / "README.md").read_text()
     assert summary["images"] == 3925
+
+
+def test_there_is_a_run_for_all_that_is_said_of_runs():
+    runs = {path.parent.name for path in SUMMARIES}
+    said = re.findall(r"^\| \[([\w-]+)\]\(book/results/imagenette/", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert set(said) == runs
+    noted = re.findall(r"# ([\w-]+): [\d.]+% after", Path(recipes.__file__).read_text())
+    assert set(noted) == {run for run in runs if run[0].isdigit()}
 
 
 @pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)

@@ -71,6 +71,7 @@ def test_a_signal_to_the_script_does_not_end_it_before_the_training(start, tmp_p
     (tmp_path / "wait").touch()
     process = start(143, "data", "out")
     while not (tmp_path / "started").exists():
+        assert process.poll() is None, "the script ended before the training began"
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):

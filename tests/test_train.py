@@ -491,6 +491,16 @@ def test_wrong_models_say_what_is_right():
     assert train.make_model("torchvision:squeezenet1_1", plain, 10)(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
+def test_the_recipe_of_make_train_takes_its_steps(images):
+    sizes = {key: getattr(TINY, key) for key in ("resolution", "eval_resolution", "image_size", "depths", "dims")}
+    recipe = replace(recipes.get("imagenette-3min"), minutes=None, epochs=1, batch_size=8, progressive=(), **sizes)
+    run = new_run(recipe, images)
+    before = run.model.stages[0][0].pwconv1.weight.detach().clone()
+    for x, y in run.batches.epoch(0):  # the first step of the warm-up has a rate of 0
+        run.train_step(x, y)
+    assert not torch.equal(run.model.stages[0][0].pwconv1.weight, before)
+
+
 def test_a_network_for_one_size_of_image_says_so(images):
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of 32x32 pixels: .*224"):
         train.train("timm:vit_tiny_patch16_224", Recipe(resolution=32, batch_size=8), images, images)
@@ -570,7 +580,8 @@ def test_the_scaler_of_fp16_leaves_the_steps_and_is_part_of_the_checkpoint(image
 
 def test_compiling_changes_neither_the_result_nor_the_names_of_the_weights(images, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    plain_compile = torch.compile  # "eager" traces and wraps, without generating code
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or plain_compile(net, backend="eager"))
     setup = engine.Setup(compile=True)
     run, plain = new_run(TINY, images, setup=setup), new_run(TINY, images)
     assert (
