@@ -310,6 +310,9 @@ def run(
     done = {(row["trial"], int(row["seed"])) for row in rows}
     chosen = [known[wanted] for wanted in trials or known]
     jobs = [(trial, seed) for seed in range(seeds) for trial in chosen if (trial.name, seed) not in done]
+    path, command = folder / "card.json", environment()["command"]
+    before = json.loads(path.read_text())["commands"] if path.exists() else []
+    commands = before + [command] * (command not in before)
     threads = max(1, (os.cpu_count() or 1) // workers)
     failures = []
 
@@ -337,7 +340,7 @@ def run(
                 write_rows(curves, folder / "curves.csv")
                 write_rows(rows, folder / "runs.csv")
                 write_rows(summarize(rows), folder / "summary.csv")
-                write_json(card(name, rows), folder / "card.json")
+                write_json(card(name, rows, commands), path)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -346,12 +349,12 @@ def run(
     return rows
 
 
-def card(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the rows were made."""
+def card(name: str, rows: list[dict[str, Any]], commands: list[list[str]]) -> dict[str, Any]:
+    """How the rows were made: by one command after another, if some were made later."""
     made = environment()
     return {
         "experiment": name,
-        "command": made["command"],
+        "commands": commands,
         "commits": sorted({row["commit"] for row in rows if row["commit"]}),
         "versions": made["versions"],
         "machine": made["machine"],

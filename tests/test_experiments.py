@@ -3,6 +3,7 @@ import csv
 import json
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -59,6 +60,7 @@ def rows(path):
 
 def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root, tmp_path, monkeypatch):
     output = tmp_path / "results"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "first"])
     experiments.run("made", output, seeds=1, data=str(root))
     first = rows(output / "made" / "runs.csv")
     assert [(row["trial"], row["seed"], row["images"]) for row in first] == [("a", "0", "10"), ("b / c", "0", "10")]
@@ -75,10 +77,12 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root,
         return Made(first[0], {"labels": labels}, [])
 
     monkeypatch.setattr(experiments, "run_trial", note)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "second"])
     experiments.run("made", output, seeds=2, data=str(root))
     assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
     card = json.loads((output / "made" / "card.json").read_text())
     assert card["runs"] == 4 and card["cpus"] == [first[0]["cpu"]]
+    assert card["commands"] == [["python", "first"], ["python", "second"]]
 
 
 def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, here, root, tmp_path, monkeypatch):
