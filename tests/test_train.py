@@ -9,12 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.optim import muon
 from torch import nn
 
 from convnext_min import engine, recipes, records, train
@@ -561,6 +563,18 @@ def test_the_precision_can_be_forced_and_fp16_is_for_gpus():
     assert engine.autocast_dtype("fp16", gpu) == torch.float16
     with pytest.raises(ValueError, match="amp=fp16 is for GPUs, and this runs on cpu: take bf16 or fp32"):
         engine.autocast_dtype("fp16", cpu)
+
+
+@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_computes_in_bfloat16_only_where_the_machine_does(able, dtype, images, monkeypatch):
+    """Without instructions for it, a step in bfloat16 takes seconds."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
+    spy = Mock(wraps=muon.zeropower_via_newtonschulz)
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
+    run = new_run(replace(TINY, optimizer="muon"), images)
+    run.train_step(*next(iter(run.batches.epoch(0))))
+    assert {call.kwargs["dtype"] for call in spy.call_args_list} == {dtype}
+    assert muon.zeropower_via_newtonschulz is spy  # and not what a step puts in its place
 
 
 # ---- The machine
