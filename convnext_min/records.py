@@ -281,6 +281,7 @@ def environment() -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "cpu": capabilities.get("cpu_name") or platform.processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

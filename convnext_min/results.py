@@ -43,3 +43,9 @@ def arrays(name: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, by their names."""
     with np.load(io.BytesIO(content(name))) as file:
         return dict(file)
+
+
+def processor(summary: dict[str, Any]) -> str:
+    """The processor of a run, with the kind of vectors that PyTorch uses on it where the run noted that."""
+    machine = summary["machine"]
+    return ", ".join(machine[key] for key in ("cpu", "capability") if key in machine)
