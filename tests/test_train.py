@@ -288,11 +288,11 @@ def command(*arguments):
 
 
 def test_control_c_saves_and_says_how_to_go_on(tmp_path):
-    data, parts, whole = (str(tmp_path / name) for name in ("data", "parts", "whole"))
-    folder_of_images(Path(data))
+    """That the weights are those of an uninterrupted run is tested above, for the same signal in this process."""
+    folder_of_images(tmp_path / "data")
     options = {"cwd": Path(__file__).parents[1], "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    arguments = ("--data", data, "--epochs", "6", "--output")
-    with subprocess.Popen(command(*arguments, parts), stdout=subprocess.PIPE, text=True, **options) as process:
+    arguments = ("--data", str(tmp_path / "data"), "--epochs", "6", "--output", str(tmp_path / "run"))
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True, **options) as process:
         for line in process.stdout:
             if line.startswith("epoch 2:"):
                 process.send_signal(signal.SIGINT)
@@ -302,11 +302,9 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path):
     stopped = int(re.search(r"stopped after step (\d+), saved in", rest)[1])
     assert 48 <= stopped < 144  # 24 steps an epoch
     again = re.search(r"To go on: python (.*)", rest)[1]
-    subprocess.run([sys.executable, *shlex.split(again)], check=True, **options)
-    subprocess.run(command(*arguments, whole), check=True, **options)
-    one, two = (records.load_checkpoint(f"{folder}/checkpoint.pt") for folder in (whole, parts))
-    assert one["step"] == two["step"] == 144
-    assert equal(one["weights"], two["weights"]) and equal(one["ema"], two["ema"])
+    go_on = [sys.executable, *shlex.split(again)]
+    assert f"continuing at step {stopped}" in subprocess.check_output(go_on, text=True, **options)
+    assert records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 144
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -656,7 +654,7 @@ def test_a_dry_run_of_some_minutes_has_no_window(folder, tmp_path, capsys):
     assert "OK: a batch" in capsys.readouterr().out
 
 
-def test_the_time_of_an_evaluation_leaves_out_what_comes_once(monkeypatch):
+def test_the_time_of_an_evaluation_has_what_comes_once_in_it_once_and_a_tenth_to_spare(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
 
     def evaluate(model, batches, amp, limit):
@@ -665,7 +663,7 @@ def test_the_time_of_an_evaluation_leaves_out_what_comes_once(monkeypatch):
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     for number in (1, 2, 40):
-        assert train.evaluation_seconds(None, range(number), "fp32") == pytest.approx(5.0 + 0.25 * number)
+        assert train.evaluation_seconds(None, range(number), "fp32") == pytest.approx(1.1 * (5.0 + 0.25 * number))
 
 
 def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, capsys):
