@@ -18,6 +18,7 @@ from torchvision.models.convnext import CNBlockConfig
 from tqdm.auto import tqdm
 
 from convnext_min import convnext, fast
+from convnext_min.engine import autocast_dtype
 from convnext_min.records import environment
 
 CLASSES = 1000
@@ -54,6 +55,12 @@ SETTINGS = [
     Setting(*choice)
     for choice in itertools.product(("fp32", "bf16"), ("NCHW", "channels-last"), ("eager", "torch.compile"))
 ]
+
+
+def native_settings() -> list[Setting]:
+    """SETTINGS, without bfloat16 where the CPU has no instructions for it: a step in it would take minutes there."""
+    bf16 = autocast_dtype("auto", torch.device("cpu")) is not None
+    return [setting for setting in SETTINGS if bf16 or setting.amp == "fp32"]
 
 
 class Contestant:
@@ -99,14 +106,14 @@ def contest(
     mode: str = "train",
     rounds: int = 9,
     seconds: float = 3.0,
-    settings: Sequence[Setting] = tuple(SETTINGS),
+    settings: Sequence[Setting] | None = None,
 ) -> dict[str, Any]:
     """Speed in images a second of `convnext_min` and `rivals`, out of CONTESTANTS, on the CPU.
 
-    Each is tried with all `settings`, and the fastest of them goes through. Then `rounds` rounds: each in turn for
-    `seconds`. All have the same allocator settings (`fast.keep_freed_memory`), threads and images. Returns what
-    belongs into a results file. Raises ValueError, listing what is valid, for an unknown rival, model or mode,
-    and for numbers that are too small.
+    Each is tried with all `settings`, by default `native_settings()`, and the fastest goes through. Then `rounds`
+    rounds: each in turn for `seconds`. All have the same allocator settings (`fast.keep_freed_memory`), threads and
+    images. Returns what belongs into a results file. Raises ValueError, listing what is valid, for an unknown rival,
+    model or mode, and for numbers that are too small.
     """
     models = [name for name in vars(convnext) if name.startswith("convnext_")]
     for value, valid in ((model, models), (mode, ("train", "infer")), *((rival, CONTESTANTS) for rival in rivals)):
@@ -118,6 +125,7 @@ def contest(
     names = ["convnext_min", *(rival for rival in rivals if rival != "convnext_min")]
     trials: dict[str, dict[str, float]] = {name: {} for name in names}
     finalists = {}
+    settings = native_settings() if settings is None else settings
     for name, setting in tqdm(list(itertools.product(names, settings)), "choosing settings", disable=None):
         contestant = Contestant(name, model, setting, resolution, batch_size, mode)
         contestant.step()  # compiles, and allocates

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convnext_min import against, measure
-from convnext_min.against import SETTINGS, Contestant, Setting
+from convnext_min.against import Contestant, Setting
 from convnext_min.convnext import convnext_atto
 
 EAGER = Setting("fp32", "NCHW", "eager")
@@ -39,8 +39,12 @@ def test_the_outcome_names_every_setting_and_the_ratio_is_that_of_the_rounds(mon
     assert "ours is 3.00x (3.00-3.00)" in against.report(outcome)
 
 
-def test_settings_are_the_whole_product():
-    assert len(set(SETTINGS)) == 8
+@pytest.mark.parametrize("able", [True, False])
+def test_settings_are_the_whole_product_of_what_the_cpu_has_instructions_for(able, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able}, raising=False)
+    settings = against.native_settings()
+    assert len(set(settings)) == (8 if able else 4)
+    assert {setting.amp for setting in settings} == ({"fp32", "bf16"} if able else {"fp32"})
 
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
