@@ -1,6 +1,7 @@
 """Figures and tables of the committed experiments (book/results), beside the paper's where it has the same."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from statistics import mean
 
 import numpy as np
@@ -207,43 +208,55 @@ def lever_table(trials: Sequence[str], base: str = "plain", experiment: str = "l
     return table(("change", "top-1 (%)", "seeds", f"gain over {base} (points, 95%)", "time"), rows)
 
 
+def _timed(runs: Runs) -> dict[tuple[str, str, float], list[tuple[dict, list[Row]]]]:
+    """Summary and log of runs of some minutes, by label, processor and the minutes given."""
+    groups: dict[tuple[str, str, float], list[tuple[dict, list[Row]]]] = {}
+    for label, run in runs:
+        summary = results.values(f"imagenette/{run}/summary.json")
+        key = (label, results.processor(summary), summary["recipe"]["minutes"])
+        groups.setdefault(key, []).append((summary, log(run)))
+    return groups
+
+
 def timed_table(runs: Runs) -> Table:
-    """Runs of some minutes, those with the same label and minutes as one row: top-1 with its spread, and their length.
+    """Runs of some minutes, those with the same label, processor and minutes as one row: top-1, its spread, the length.
 
     Raises ValueError for runs that were not judged by the same images.
     """
-    groups: dict[tuple[str, float], list[tuple[dict, Row]]] = {}
-    for label, run in runs:
-        summary = results.values(f"imagenette/{run}/summary.json")
-        groups.setdefault((label, summary["recipe"]["minutes"]), []).append((summary, log(run)[-1]))
+    groups = _timed(runs)
     images = {summary["images"] for made in groups.values() for summary, _ in made}
     if len(images) > 1:
         raise ValueError(f"the runs were judged by different numbers of images: {sorted(images)}")
     rows = []
-    for (label, minutes), made in groups.items():
+    for (label, cpu, minutes), made in groups.items():
         top1 = 100 * np.array([summary["top1"] for summary, _ in made])
         spread = f" ± {top1.std(ddof=1):.1f}" if len(top1) > 1 else ""
-        epochs, steps = (mean(last[name] for _, last in made) for name in ("epoch", "step"))
-        rows.append((label, f"{minutes:g}", f"{top1.mean():.1f}{spread}", len(made), f"{epochs:.1f}", f"{steps:,.0f}"))
-    return table(("recipe", "minutes", "top-1 (%)", "seeds", "epochs", "steps"), rows)
+        epochs, steps = (mean(logged[-1][name] for _, logged in made) for name in ("epoch", "step"))
+        accuracy = f"{top1.mean():.1f}{spread}"
+        rows.append((label, cpu, f"{minutes:g}", accuracy, len(made), f"{epochs:.1f}", f"{steps:,.0f}"))
+    return table(("recipe", "processor", "minutes", "top-1 (%)", "seeds", "epochs", "steps"), rows)
 
 
 def timed_runs(runs: Runs) -> Figure:
-    """Training loss over the minutes of each run, and its top-1 over those it was given: a colour for each label."""
+    """Training loss over the minutes of each run, and its top-1 over those it was given.
+
+    A colour for each label; filled dots and solid lines for the first processor, open dots and dashes for others.
+    """
     fig, (left, right) = figure(3.2, 2)
-    labels = list(dict.fromkeys(label for label, _ in runs))
-    for label, color in zip(labels, (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)):
-        top1: dict[float, list[float]] = {}  # minutes: of each run
-        for run in (run for other, run in runs if other == label):
-            rows, summary = log(run), results.values(f"imagenette/{run}/summary.json")
-            minutes = [row["seconds"] / 60 for row in rows]
-            left.plot(minutes, [row["train_loss"] for row in rows], color=color, linewidth=1.3)
-            left.plot(minutes[-1], rows[-1]["train_loss"], "o", color=color, markersize=4)
-            top1.setdefault(summary["recipe"]["minutes"], []).append(100 * summary["top1"])
-        length = sorted(top1)
-        right.plot(length, [mean(top1[minutes]) for minutes in length], color=color, linewidth=1)
-        points = [(minutes, value) for minutes in length for value in top1[minutes]]
-        right.plot(*zip(*points), "o", color=color, markersize=5, label=label)
+    groups = _timed(runs)
+    colors = dict(zip(dict.fromkeys(label for label, _, _ in groups), (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)))
+    first = next(iter(groups))[1]
+    for label, cpu in dict.fromkeys((label, cpu) for label, cpu, _ in groups):
+        line = {"color": colors[label], "linewidth": 1.2, "linestyle": "-" if cpu == first else "--"}
+        dots = line | {"marker": "o", "markerfacecolor": colors[label] if cpu == first else right.get_facecolor()}
+        made = [same for key, same in groups.items() if key[:2] == (label, cpu)]  # the runs of each length
+        for _, rows in chain(*made):
+            minutes, losses = [row["seconds"] / 60 for row in rows], [row["train_loss"] for row in rows]
+            left.plot(minutes, losses, **line)
+            left.plot(minutes[-1], losses[-1], **dots, markersize=4)
+        points = [[(summary["recipe"]["minutes"], 100 * summary["top1"]) for summary, _ in same] for same in made]
+        right.plot(*np.transpose([np.mean(same, 0) for same in points]), **line)
+        right.plot(*np.concatenate(points).T, **dots | {"linestyle": ""}, markersize=5, label=f"{label}, {cpu}")
     for ax in (left, right):
         ax.set_xscale("log")
         ax.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])

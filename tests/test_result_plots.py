@@ -78,6 +78,7 @@ def runs(folder):
         ("ours", "b", 3, 0.62),
         ("ours", "c", 10, 0.7),
         ("x", "d", 3, 0.4),
+        ("ours", "slower", 3, 0.5),
     ):
         path = folder / "imagenette" / run
         log = [{"epoch": 1.0, "step": 10, "seconds": 30 * minutes, "train_loss": 2.0, "top1": ""}]
@@ -85,31 +86,34 @@ def runs(folder):
             {"epoch": minutes * 2.0, "step": minutes * 20, "seconds": 60 * minutes, "train_loss": 1.5, "top1": top1}
         ]
         write_csv(path / "log.csv", log)
-        summary = {"recipe": {"minutes": minutes}, "top1": top1, "images": IMAGES}
+        machine = {"cpu": "A"} | ({"capability": "AVX2"} if run == "slower" else {})
+        summary = {"recipe": {"minutes": minutes}, "top1": top1, "images": IMAGES, "machine": machine}
         (path / "summary.json").write_text(json.dumps(summary))
         made.append((label, run))
     return made
 
 
-def test_runs_with_the_same_label_and_minutes_are_one_row(runs, folder):
+def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder):
     assert result_plots.timed_table(runs).rows == (
-        ("ours", "3", "61.0 ± 1.4", "2", "6.0", "60"),
-        ("ours", "10", "70.0", "1", "20.0", "200"),
-        ("x", "3", "40.0", "1", "6.0", "60"),
+        ("ours", "A", "3", "61.0 ± 1.4", "2", "6.0", "60"),
+        ("ours", "A", "10", "70.0", "1", "20.0", "200"),
+        ("x", "A", "3", "40.0", "1", "6.0", "60"),
+        ("ours", "A, AVX2", "3", "50.0", "1", "6.0", "60"),
     )
-    (folder / "imagenette" / "d" / "summary.json").write_text(
-        json.dumps({"recipe": {"minutes": 3}, "top1": 0.4, "images": IMAGES - 1})
-    )
+    path = folder / "imagenette" / "d" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": IMAGES - 1}))
     with pytest.raises(ValueError, match=r"different numbers of images: \[199, 200\]"):
         result_plots.timed_table(runs)
 
 
-def test_timed_runs_are_drawn_by_label(runs):
+def test_timed_runs_are_drawn_by_label_and_processor(runs):
     fig = result_plots.timed_runs(runs)
     left, right = fig.axes
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ours", "x"]
-    assert [list(line.get_xdata()) for line in left.lines[::2]] == [[1.5, 3], [1.5, 3], [5, 10], [1.5, 3]]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ours, A", "x, A", "ours, A, AVX2"]
+    assert [list(line.get_xdata()) for line in left.lines[::2]] == [[1.5, 3], [1.5, 3], [5, 10], [1.5, 3], [1.5, 3]]
     line, dots = right.lines[:2]
+    ours, other = right.lines[1], right.lines[5]  # the same recipe: one colour, told apart by the filling
+    assert ours.get_color() == other.get_color() and ours.get_markerfacecolor() != other.get_markerfacecolor()
     assert list(line.get_ydata()) == pytest.approx([61, 70]) and list(dots.get_ydata()) == pytest.approx([60, 62, 70])
 
 
