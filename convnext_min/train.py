@@ -128,19 +128,17 @@ def evaluate(model: nn.Module, batches: Batches, amp: str = "auto", limit: int |
 
 
 def evaluation_seconds(model: nn.Module, batches: Batches, amp: str) -> float:
-    """How long `evaluate` takes and a tenth more, judged by its first batches after one that warms up.
-
-    Files that several processes read come in bursts, so that less would at times not be enough.
-    """
-    few = min(6, len(batches))
-    evaluate(model, batches, amp, 1)  # warms up
+    """About how long `evaluate` takes, judged by its first batches after as many that warm up: files that several
+    processes read come in bursts, so that two or three batches say little."""
+    few = min(8, len(batches))
+    evaluate(model, batches, amp, few)  # warms up
     ends = [time.perf_counter()]
     for count in (1, few):
         evaluate(model, batches, amp, count)
         ends.append(time.perf_counter())
     first, several = (end - start for start, end in itertools.pairwise(ends))
     each = max(0.0, several - first) / max(1, few - 1)  # without what comes once: processes that read start
-    return distributed.first(1.1 * (first + each * (len(batches) - 1)))
+    return distributed.first(first + each * (len(batches) - 1))
 
 
 class History(NamedTuple):
