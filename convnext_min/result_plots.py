@@ -240,15 +240,17 @@ def timed_table(runs: Runs) -> Table:
 def timed_runs(runs: Runs) -> Figure:
     """Training loss over the minutes of each run, and its top-1 over those it was given.
 
-    A colour for each label; filled dots and solid lines for the first processor, open dots and dashes for others.
+    A colour for each label; filled dots and solid lines for the first processor, open diamonds and squares and broken
+    lines for two others.
     """
     fig, (left, right) = figure(3.2, 2)
     groups = _timed(runs)
     colors = dict(zip(dict.fromkeys(label for label, _, _ in groups), (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)))
-    first = next(iter(groups))[1]
+    styles = dict(zip(dict.fromkeys(cpu for _, cpu, _ in groups), (("-", "o"), ("--", "D"), (":", "s"))))
     for label, cpu in dict.fromkeys((label, cpu) for label, cpu, _ in groups):
-        line = {"color": colors[label], "linewidth": 1.2, "linestyle": "-" if cpu == first else "--"}
-        dots = line | {"marker": "o", "markerfacecolor": colors[label] if cpu == first else right.get_facecolor()}
+        dashes, marker = styles[cpu]
+        line = {"color": colors[label], "linewidth": 1.2, "linestyle": dashes}
+        dots = line | {"marker": marker, "markerfacecolor": colors[label] if dashes == "-" else right.get_facecolor()}
         made = [same for key, same in groups.items() if key[:2] == (label, cpu)]  # the runs of each length
         for _, rows in chain(*made):
             minutes, losses = [row["seconds"] / 60 for row in rows], [row["train_loss"] for row in rows]
