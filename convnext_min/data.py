@@ -118,15 +118,16 @@ def image_folder(root: Path | str, size: int = 160) -> ImageSet:
     FileNotFoundError for a class without images.
     """
     folders, paths, labels = list_images(root)
-    images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-    with ThreadPoolExecutor(2) as pool:  # PIL decodes outside of the interpreter's lock
+    pixels = np.empty((len(paths), size, size, 3), np.uint8)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # PIL decodes outside of the interpreter's lock
         decoded = pool.map(functools.partial(decode, size=size), paths)
         broken = []
-        for index, pixels in enumerate(tqdm(decoded, "decoding", len(paths), unit="image", delay=1)):
-            if pixels is None:
+        for index, image in enumerate(tqdm(decoded, "decoding", len(paths), unit="image", delay=1)):
+            if image is None:
                 broken.append(index)
             else:
-                images[index] = pixels
+                pixels[index] = image  # NumPy copies at once; PyTorch would take the cores from those that decode
+    images = torch.from_numpy(pixels)
     if broken:
         names = ", ".join(str(paths[index]) for index in broken[:5]) + (", ..." if len(broken) > 5 else "")
         warnings.warn(f"skipped {len(broken)} of {len(paths)} files that cannot be decoded: {names}", stacklevel=2)
@@ -160,7 +161,7 @@ def _refuse_empty(folders: list[Path], labels: Tensor) -> None:
             raise FileNotFoundError(f"class folder {folder} holds no readable image ({', '.join(IMG_EXTENSIONS)})")
 
 
-def decode(path: Path, size: int) -> Tensor | None:
+def decode(path: Path, size: int) -> np.ndarray | None:
     """The image at `path` as RGB pixels uint8 (size, size, 3), cropped at the centre; None for a broken file."""
     try:
         with Image.open(path) as image:
@@ -168,7 +169,7 @@ def decode(path: Path, size: int) -> Tensor | None:
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     except BROKEN:
         return None
-    return torch.from_numpy(np.array(square))
+    return np.array(square)
 
 
 def _checked(root: Path, origin: str) -> Path:

@@ -49,7 +49,9 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
             return None
         return model(x[None]).softmax(1)[0]
     pixels = data.decode(path, recipe.image_size)  # (S, S, 3)
-    return None if pixels is None else predict(model, pixels.permute(2, 0, 1)[None], recipe.eval_resolution)[0]
+    if pixels is None:
+        return None
+    return predict(model, torch.from_numpy(pixels).permute(2, 0, 1)[None], recipe.eval_resolution)[0]
 
 
 def main(argv: list[str] | None = None) -> None:
