@@ -180,18 +180,25 @@ void scale_add_back(i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, con
 
 }  // extern "C"
 
-typedef float lanes __attribute__((vector_size(64)));  // sixteen channels, in one register or in several
+#if defined(__AVX512F__)
+const i64 LANES = 16;
+#elif defined(__AVX__)
+const i64 LANES = 8;
+#else
+const i64 LANES = 4;
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES)));  // so many channels, which one register holds
 struct Pixel {
   lanes of;
 };
 
-// Sixteen channels from c on of an image (H, W, C), with `top` rows and columns of zeros before it, in rows of `pitch`.
+// LANES channels from c on of an image (H, W, C), with `top` rows and columns of zeros before it, in rows of `pitch`.
 void copy_in(const float* from, i64 H, i64 W, i64 C, i64 c, i64 top, i64 pitch, Pixel* to) {
   for (i64 y = 0; y < H; y++)
     for (i64 x = 0; x < W; x++) {
       const float* pixel = from + (y * W + x) * C + c;
       Pixel* place = to + (y + top) * pitch + x + top;
-      if (C - c >= 16) memcpy(place, pixel, 64);  // a constant size is one instruction
+      if (C - c >= LANES) memcpy(place, pixel, 4 * LANES);  // a constant size is one instruction
       else memcpy(place, pixel, 4 * (C - c));
     }
 }
@@ -207,7 +214,7 @@ void depthwise_back_of(i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, c
     std::vector<Pixel> image((H + 2 * P) * pitch), grad(H * wide);
 #pragma omp for collapse(2)
     for (i64 part = 0; part < parts; part++)
-      for (i64 c = 0; c < C; c += 16)
+      for (i64 c = 0; c < C; c += LANES)
         for (i64 n = part; n < N; n += parts) {
           copy_in(in + n * H * W * C, H, W, C, c, P, pitch, image.data());
           copy_in(dy + n * H * W * C, H, W, C, c, 0, wide, grad.data());
@@ -222,7 +229,7 @@ void depthwise_back_of(i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, c
                   for (i64 kx = 0; kx < K; kx++) sum[kx] += g[i].of * row[i + kx].of;
               }
             for (i64 kx = 0; kx < K; kx++)
-              for (i64 i = 0; i < std::min<i64>(16, C - c); i++)
+              for (i64 i = 0; i < std::min(LANES, C - c); i++)
                 dw[((part * K + ky) * K + kx) * C + c + i] += sum[kx][i];
           }
         }
