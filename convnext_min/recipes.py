@@ -284,16 +284,17 @@ RECIPES = {
     # 3min-seed-0: 78.1% after 176 s and 1,111 steps, Intel Xeon
     # 3min-seed-1: 77.8% after 175 s and 1,080 steps, Intel Xeon
     # 3min-seed-2: 72.2% after 174 s and 605 steps, AMD EPYC
-    # 3min-seed-3: 55.1% after 174 s and 257 steps, AMD EPYC, AVX2
-    # 3min-seed-4: 55.4% after 173 s and 216 steps, AMD EPYC, AVX2
+    # 3min-seed-3: 54.5% after 175 s and 239 steps, AMD EPYC, AVX2
+    # 3min-seed-4: 54.3% after 174 s and 211 steps, AMD EPYC, AVX2
     "imagenette-3min": _IMAGENETTE_3MIN,
     # Larger images at the end and smaller crops, by judgement:
     # 10min-seed-0: 85.1% after 595 s and 2,862 steps, Intel Xeon
-    # 10min-seed-1: 74.1% after 595 s and 698 steps, AMD EPYC, AVX2
+    # 10min-seed-1: 74.0% after 593 s and 686 steps, AMD EPYC, AVX2
+    # 10min-seed-2: 74.6% after 592 s and 722 steps, AMD EPYC, AVX2
     "imagenette-10min": _IMAGENETTE_10MIN,
     # Seen often enough for half of the batches to be mixed by CutMix, the others by Mixup:
     # 30min-seed-0: 89.2% after 1795 s and 9,795 steps, Intel Xeon
-    # 30min-seed-1: 83.8% after 1805 s and 2,656 steps, AMD EPYC, AVX2
+    # 30min-seed-1: 83.1% after 1794 s and 2,209 steps, AMD EPYC, AVX2
     "imagenette-30min": replace(
         _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
     ),

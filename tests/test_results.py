@@ -37,9 +37,8 @@ def test_the_readme_has_the_accuracies_of_the_runs():
 
 @pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
 def test_a_run_kept_to_its_time_and_saw_all_images(path):
-    """But for half a percent: the evaluation at the end is foreseen at the start, and processors can slow down."""
     summary = json.loads(path.read_text())
-    assert summary["images"] == 3925 and summary["seconds"] <= 60.3 * summary["recipe"]["minutes"]
+    assert summary["images"] == 3925 and summary["seconds"] <= 60 * summary["recipe"]["minutes"]
 
 
 def test_the_recipes_name_all_their_runs():
@@ -58,7 +57,10 @@ def test_the_recipe_has_what_its_runs_reached(path):
         assert json.loads(json.dumps(asdict(recipe))) == summary["recipe"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "book" / "results" / "speed").glob("*-*.json")), ids=lambda p: p.stem)
+SPEEDS = sorted((ROOT / "book" / "results" / "speed").rglob("*-*.json"))
+
+
+@pytest.mark.parametrize("path", SPEEDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_readme_has_the_speed_beside_the_fastest_other(path):
     outcome = json.loads(path.read_text())
     speeds = {name: result["images_per_second"]["median"] for name, result in outcome["results"].items()}
@@ -66,10 +68,12 @@ def test_the_readme_has_the_speed_beside_the_fastest_other(path):
     best = max(speeds, key=speeds.get)
     ratio = outcome["results"][best]["ratio"]
     line = "| {model}, {resolution} px, {batch_size} images | ".format(**outcome)
-    line += f"{'training' if outcome['mode'] == 'train' else 'inference'} | {ours:.0f} | {best} | "
-    line += f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
+    line += f"{'training' if outcome['mode'] == 'train' else 'inference'} | {results.processor(outcome)} | "
+    line += f"{ours:.0f} | {best} | {ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
     assert line in (ROOT / "README.md").read_text()
-    assert set(speeds) == {"official", "timm", "torchvision"} and len(outcome["results"]["timm"]["trials"]) == 8
+    formats = 1 if outcome["machine"].get("capability") == "AVX2" else 2  # without instructions for bfloat16
+    settings = len(outcome["results"]["timm"]["trials"])
+    assert set(speeds) == {"official", "timm", "torchvision"} and settings == 4 * formats
 
 
 @pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
