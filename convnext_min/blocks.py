@@ -2,8 +2,8 @@
 
 Every block maps (N, in_chans, H, W) to (N, out_chans, H / stride, W / stride), where `width` is the
 design's width of the stage, `out_chans = width * Block.expansion`, and all take the same arguments, so that
-two neighbours differ only where the architecture does. A convolution has a bias exactly where no BatchNorm
-follows it.
+two neighbours differ only where the architecture does. As in the authors' own code of the road, the convolutions
+of a block have biases with LayerNorm and none with BatchNorm, and the projection shortcut never has one.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def projection(in_chans: int, out_chans: int, stride: int, norm: Layer) -> nn.Mo
     """The shortcut: a strided 1x1 convolution and a norm where the shape changes, else the identity."""
     if stride == 1 and in_chans == out_chans:
         return nn.Identity()
-    conv = nn.Conv2d(in_chans, out_chans, 1, stride, bias=norm is not BatchNorm)
+    conv = nn.Conv2d(in_chans, out_chans, 1, stride, bias=False)
     return nn.Sequential(conv, norm(out_chans))
 
 
@@ -166,9 +166,9 @@ class FewerNormsBlock(nn.Module):
         padding, bias = kernel_size // 2, norm is not BatchNorm
         self.dwconv = nn.Conv2d(in_chans, in_chans, kernel_size, stride, padding, groups=in_chans, bias=bias)
         self.norm = norm(in_chans)
-        self.pwconv1 = nn.Conv2d(in_chans, 4 * width, 1)
+        self.pwconv1 = nn.Conv2d(in_chans, 4 * width, 1, bias=bias)
         self.act = act()
-        self.pwconv2 = nn.Conv2d(4 * width, width, 1)
+        self.pwconv2 = nn.Conv2d(4 * width, width, 1, bias=bias)
         self.shortcut = projection(in_chans, width, stride, norm)
         self.drop_path = DropPath(drop_path)
 
@@ -183,7 +183,7 @@ class ConvNeXtBlock(nn.Module):
     """Downsampling has left the block, and with it stride and projection: the shortcut is the identity (section 2.6).
 
     This is `convnext.Block` in the official code's other formulation, with 1x1 convolutions on (N, C, H, W) and
-    without layer scale, which belongs to the final model's recipe.
+    without layer scale, which the authors' code of the road leaves off at every step.
     """
 
     expansion = 1

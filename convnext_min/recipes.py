@@ -118,7 +118,7 @@ class Recipe:
 
     # Model
     stem: str = "patchify"  # "overlapping": see `small`
-    init: str = "paper"  # "fan_in": see `small`
+    init: str = "paper"  # "fan_in", "pytorch": see `small`
     layer_scale_init: float = 1e-6  # 0: no layer scale
     head_init_scale: float = 1.0
     depths: tuple[int, int, int, int] | None = None  # None: those of the named model
@@ -271,6 +271,7 @@ _ROAD = Recipe(
     resolution=96,
     eval_resolution=96,
     crop_scale=(0.35, 1.0),
+    init="pytorch",
     width_multiplier=0.25,
 )
 

@@ -86,7 +86,9 @@ STEPS = REGIMES["resnet50"]
 class RoadNet(nn.Module):
     """The network of a `Design`: images (N, 3, H, W), H and W at least 32, to logits (N, num_classes).
 
-    `drop_path_rate` is the stochastic-depth rate of the last block; the rates grow linearly from 0.
+    `drop_path_rate` is the stochastic-depth rate of the last block; the rates grow linearly from 0. One rule of
+    initial weights holds at every step, the authors' own: convolutions keep PyTorch's default, uniform with a standard
+    deviation of 1 / sqrt(3 fan-in), and the classifier is a truncated normal of 0.02.
     """
 
     def __init__(self, design: Design, num_classes: int = 1000, drop_path_rate: float = 0.0):
@@ -120,7 +122,8 @@ class RoadNet(nn.Module):
             self.stages.append(stage)
         self.norm = nn.LayerNorm(chans, eps=1e-6) if separate else nn.Identity()
         self.head = nn.Linear(chans, num_classes)
-        self.apply(_init_weights)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to pooled features (N, C)."""
@@ -131,15 +134,6 @@ class RoadNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Convolutions before a BatchNorm as in ResNet (He et al., 2015), everything else as in ConvNeXt."""
-    if isinstance(module, nn.Conv2d) and module.bias is None:
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def build(

@@ -8,7 +8,7 @@ from torch import nn
 from convnext_min.convnext import ConvNeXt, LayerNorm
 
 STEMS = ("patchify", "overlapping")
-INITS = ("paper", "fan_in")
+INITS = ("paper", "fan_in", "pytorch")
 
 
 def overlapping_stem(in_chans: int, dim: int) -> nn.Sequential:
@@ -26,15 +26,21 @@ def overlapping_stem(in_chans: int, dim: int) -> nn.Sequential:
     )
 
 
-def init_fan_in(model: nn.Module) -> None:
-    """Draw the weights of the layers below the classifier, `head`, with variance 1 / fan-in; biases become 0.
+def initialize(model: nn.Module, init: str) -> None:
+    """Draw the initial weights of all convolutions and linear layers below the classifier, `head`, by a rule of INITS.
 
-    The signal then keeps its size through a layer, whatever its width (LeCun et al., 1998). The paper's constant 0.02
-    makes it shrink where the fan-in is small, as in a depthwise convolution and in narrow networks.
+    "paper" is the released code's truncated normal with a standard deviation of 0.02. "fan_in" is a truncated normal
+    with variance 1 / fan-in, which keeps the size of a signal through a layer, whatever its width (LeCun et al., 1998).
+    Both set biases to 0. "pytorch" is PyTorch's default, as in the authors' code of the road: uniform with variance
+    1 / (3 fan-in), biases too.
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name != "head":
-            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if init == "pytorch":
+                module.reset_parameters()
+                continue
+            std = 0.02 if init == "paper" else module.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -45,6 +51,6 @@ def adapt(model: ConvNeXt, stem: str, init: str) -> ConvNeXt:
     if stem == "overlapping":
         model.downsample_layers[0] = overlapping_stem(patchify.in_channels, patchify.out_channels)
         model.downsample_layers[0].apply(model._init_weights)
-    if init == "fan_in":
-        init_fan_in(model)
+    if init != "paper":
+        initialize(model, init)
     return model

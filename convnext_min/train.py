@@ -73,8 +73,8 @@ def make_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
         model = roadmap.build(
             rest, num_classes=num_classes, width_multiplier=recipe.width_multiplier, drop_path_rate=recipe.drop_path
         )
-        if recipe.init == "fan_in":
-            small.init_fan_in(model)
+        if recipe.init != "pytorch":  # which is the road's own
+            small.initialize(model, recipe.init)
         return model
     if library in LIBRARIES:
         create, rate = LIBRARIES[library]

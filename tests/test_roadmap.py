@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from convnext_min import paper
 from convnext_min.convnext import DropPath, convnext_base, convnext_tiny
@@ -27,6 +28,68 @@ def test_macs_equal_the_papers(regime, slug):
     expected = EXCEPTIONS.get((regime, slug), published)
     assert round(gmacs, 2) == expected
     assert ((regime, slug) in EXCEPTIONS) == (expected != published)
+
+
+# Parameters of the authors' own code of the road, printed by running it (1000 classes).
+AUTHORS_PARAMETERS = {
+    "resnet50": {
+        "resnet50": 25_557_032,
+        "stage_ratio": 28_628_520,
+        "patchify": 28_622_120,
+        "depthwise": 15_722_600,
+        "width": 33_760_936,
+        "inverted": 25_851_400,
+        "move_up": 25_625_416,
+        "kernel5": 25_720_648,
+        "kernel7": 25_863_496,
+        "kernel9": 26_053_960,
+        "kernel11": 26_292_040,
+        "gelu": 25_863_496,
+        "fewer_acts": 25_863_496,
+        "fewer_norms": 25_797_256,
+        "layer_norm": 25_836_328,
+        # Theirs downsamples without norms, 28,580,968; ours has those that the paper names: after the stem, before
+        # each downsampling.
+        "convnext": 28_580_968 + 2 * (96 + 96 + 192 + 384),
+    },
+    "resnet200": {
+        "resnet200": 64_673_832,
+        "stage_ratio": 83_066_332,
+        "patchify": 83_057_932,
+        "depthwise": 42_585_472,
+        "width": 96_526_568,
+        "inverted": 83_700_072,
+        "move_up": 83_094_632,
+        "kernel5": 83_369_064,
+        "kernel7": 83_780_712,
+        "kernel9": 84_329_576,
+        "kernel11": 85_015_656,
+        "gelu": 83_780_712,
+        "fewer_acts": 83_780_712,
+        "fewer_norms": 83_600_232,
+        "layer_norm": 83_707_624,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "regime, slug, parameters", [(r, s, n) for r, road in AUTHORS_PARAMETERS.items() for s, n in road.items()]
+)
+def test_parameters_equal_the_authors(regime, slug, parameters):
+    with torch.device("meta"):
+        assert count_parameters(build("resnet50" if slug == "resnet200" else slug, regime)) == parameters
+
+
+@pytest.mark.parametrize("slug", STEPS)
+def test_one_rule_of_initial_weights_holds_at_every_step(slug):
+    torch.manual_seed(0)
+    model = build(slug, num_classes=100, width_multiplier=0.25)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5  # of a uniform distribution
+            largest = module.weight.abs().max().item()
+            assert largest <= bound and module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05) and not model.head.bias.any()
 
 
 def test_paper_and_road_have_the_same_steps_in_order():

@@ -40,6 +40,7 @@ def test_fan_in_init_keeps_the_size_of_the_signal_where_the_papers_shrinks_it():
         sizes[init] = block.dwconv(x)[:, :, 3:-3, 3:-3].std().item()
     assert sizes["fan_in"] == pytest.approx(1.0, abs=0.1)
     assert sizes["paper"] == pytest.approx(0.02 * 7, abs=0.02)
+    assert sizes["pytorch"] == pytest.approx(3**-0.5, abs=0.1)
 
 
 def test_fan_in_init_leaves_the_classifier_to_the_recipe():
