@@ -1,9 +1,8 @@
 """How to train: every choice of a run in one frozen `Recipe`, with the arithmetic that follows from it.
 
 `python -m convnext_min.recipes show in1k --model convnext_base` prints a recipe and where each value comes from;
-`python -m convnext_min.recipes plan --recipe in1k --model convnext_tiny --gpus 8 --per-gpu-batch 128` says what it
-means on given hardware (see `plan`). Schedules are functions of `progress`, the fraction of the run that is done, so
-that they are the same whether a run lasts a number of epochs or a number of minutes.
+`train.plan` says what it means on given hardware. Schedules are functions of `progress`, the fraction of the run that
+is done, so that they are the same whether a run lasts a number of epochs or a number of minutes.
 """
 
 import argparse
@@ -15,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from convnext_min.small import INITS, STEMS
+STEMS = ("patchify", "overlapping")
+INITS = ("paper", "fan_in", "pytorch")  # see `train.small`
 
 RANGES = (  # fields, what holds for their values, and how to say it
     (("epochs", "minutes", "batch_size", "base_lr", "base_batch"), lambda value: value > 0, "positive"),
@@ -479,29 +479,19 @@ def show(name: str, model: str, settings: Iterable[str] = ()) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    from convnext_min import plan  # which needs this module, and PyTorch
-
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.recipes", description=__doc__)
     commands = parser.add_subparsers(required=True)
     shows = commands.add_parser("show", help="print a recipe, each value with its source")
     shows.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
-    shows.set_defaults(run=lambda args: show(args.recipe, args.model, args.set))
-    plans = commands.add_parser("plan", help="print what a recipe means on given hardware")
-    plans.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
-    plan.add_arguments(plans)
-    plans.set_defaults(run=plan.from_arguments)
-    for command in (shows, plans):
-        command.add_argument("--model", required=True, help="such as convnext_tiny")
-        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change it")
+    shows.add_argument("--model", required=True, help="such as convnext_tiny")
+    shows.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change it")
     args = parser.parse_args(argv)
     try:
-        print(args.run(args))
+        print(show(args.recipe, args.model, args.set))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    from convnext_min.recipes import main as imported  # not a second copy of the classes that other modules use
-
-    imported()
+    main()

@@ -3,14 +3,15 @@ import json
 import pytest
 import torch
 
-from convnext_min import against, measure
-from convnext_min.against import Contestant, Setting
+from convnext_min import measure
 from convnext_min.convnext import convnext_atto
+from convnext_min.experiments import benchmark
+from convnext_min.experiments.benchmark import Contestant, Setting
 
 EAGER = Setting("fp32", "NCHW", "eager")
 
 
-@pytest.mark.parametrize("name", against.CONTESTANTS)
+@pytest.mark.parametrize("name", benchmark.CONTESTANTS)
 def test_all_contestants_have_the_same_sizes_and_take_a_step(name):
     contestant = Contestant(name, "convnext_atto", Setting("bf16", "channels-last", "eager"), 32, 2, "train")
     assert measure.count_parameters(contestant.model) == measure.count_parameters(convnext_atto())
@@ -30,27 +31,27 @@ def test_the_outcome_names_every_setting_and_the_ratio_is_that_of_the_rounds(mon
 
     monkeypatch.setattr(Contestant, "__init__", init)
     settings = [EAGER, EAGER._replace(amp="bf16")]
-    outcome = against.contest(["timm"], "convnext_atto", 32, 2, "infer", rounds=2, settings=settings)
+    outcome = benchmark.contest(["timm"], "convnext_atto", 32, 2, "infer", rounds=2, settings=settings)
     timm = outcome["results"]["timm"]
     assert timm["trials"] == {"fp32, NCHW, eager": 10.0, "bf16, NCHW, eager": 20.0}
     assert timm["setting"] == "bf16, NCHW, eager"
     assert timm["ratio"] == {"median": 3.0, "low": 3.0, "high": 3.0}
     assert outcome["results"]["convnext_min"]["ratio"]["median"] == 1.0
-    assert "ours is 3.00x (3.00-3.00)" in against.report(outcome)
+    assert "ours is 3.00x (3.00-3.00)" in benchmark.report(outcome)
 
 
 @pytest.mark.parametrize("able", [True, False])
 def test_settings_are_the_whole_product_of_what_the_cpu_has_instructions_for(able, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able}, raising=False)
-    settings = against.native_settings()
+    settings = benchmark.native_settings()
     assert len(set(settings)) == (8 if able else 4)
     assert {setting.amp for setting in settings} == ({"fp32", "bf16"} if able else {"fp32"})
 
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(against.contest, "__defaults__", (*against.contest.__defaults__[:-2], 0.01, (EAGER,)))
+    monkeypatch.setattr(benchmark.contest, "__defaults__", (*benchmark.contest.__defaults__[:-2], 0.01, (EAGER,)))
     options = ["--model", "convnext_atto", "--resolution", "32", "--batch", "2", "--mode", "infer", "--rounds", "1"]
-    measure.main(["--against", "official", *options, "--output", str(tmp_path)])
+    benchmark.main(["official", *options, "--output", str(tmp_path)])
     outcome = json.loads((tmp_path / "infer-convnext_atto-32px-batch2.json").read_text())
     assert list(outcome["results"]) == ["convnext_min", "official"] and outcome["versions"]["torch"]
     assert "official" in capsys.readouterr().out
@@ -62,10 +63,10 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
 )
 def test_unknown_names_are_refused_with_those_that_are_known(options, valid, tmp_path):
     with pytest.raises(SystemExit, match=f"unknown '.*'; valid: .*{valid}"):
-        measure.main(["--against", *options, "--output", str(tmp_path)])
+        benchmark.main([*options, "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("options", [("--resolution", "16"), ("--batch", "0"), ("--rounds", "0")])
 def test_a_contest_of_nothing_is_refused_before_it_begins(options, tmp_path):
     with pytest.raises(SystemExit, match="error: it takes 32 px, an image and a round at least"):
-        measure.main(["--against", "timm", *options, "--output", str(tmp_path)])
+        benchmark.main(["timm", *options, "--output", str(tmp_path)])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from convnext_min import analysis, paper, results
+from convnext_min import paper
+from convnext_min.book import analysis, results
 from convnext_min.roadmap import STEPS
 
 

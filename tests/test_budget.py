@@ -1,6 +1,6 @@
 import pytest
 
-from convnext_min.budget import budget, budget_name
+from convnext_min.book.budget import budget, budget_name
 
 
 @pytest.mark.parametrize("name", ["ci", "quick", "full"])

@@ -10,9 +10,10 @@ import torch
 import torchvision
 from torch import nn
 
-from convnext_min import blocks, build, convnext, exercises
+from convnext_min import blocks, build, convnext
+from convnext_min.book import exercises
+from convnext_min.book.exercises import same
 from convnext_min.data import Batches, offline_sample
-from convnext_min.exercises import same
 from convnext_min.recipes import Recipe
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from convnext_min import imagenet, recipes, train
-from convnext_min.plan import plan
+from convnext_min import recipes, train
+from convnext_min.data import disk
+from convnext_min.train.plan import main as plan_main
+from convnext_min.train.plan import plan
 
 PAGE = (Path(__file__).parents[1] / "book" / "imagenet.md").read_text()
 COMMANDS = re.findall(r"^(?:python|torchrun) .*$", PAGE, re.MULTILINE)
@@ -15,15 +17,15 @@ TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
 
 
 def test_the_page_has_commands_of_every_kind():
-    assert len(TRAINING) >= 7 and any("convnext_min.imagenet check" in line for line in COMMANDS)
+    assert len(TRAINING) >= 7 and any("convnext_min.data.disk check" in line for line in COMMANDS)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "convnext_min.imagenet " in line])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "convnext_min.data.disk " in line])
 def test_a_command_about_the_images_is_taken(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(imagenet, "check", lambda *_: [])
-    monkeypatch.setattr(imagenet, "_class_list", lambda _: ["n01440764"])
-    imagenet.main(shlex.split(line)[3:])
+    monkeypatch.setattr(disk, "check", lambda *_: [])
+    monkeypatch.setattr(disk, "_class_list", lambda _: ["n01440764"])
+    disk.main(shlex.split(line)[3:])
 
 
 @pytest.mark.parametrize("line", TRAINING)
@@ -40,7 +42,7 @@ def test_a_training_command_fits_its_recipe_and_its_processes(line):
 
 
 def test_the_plan_on_the_page_is_made(capsys):
-    (line,) = [line for line in COMMANDS if "recipes plan" in line]
+    (line,) = [line for line in COMMANDS if "train.plan" in line]
     options = [part for part in shlex.split(line)[3:] if part != "--measure"]
-    recipes.main(options)
+    plan_main(options)
     assert "4,096 images a step" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 import pytest
 
 from convnext_min import STEPS, blocks, fast
-from convnext_min.diff import step_diff
+from convnext_min.book.diff import step_diff
 
 
 def test_a_block_differs_in_the_line_that_changes():

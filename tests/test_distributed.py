@@ -18,10 +18,11 @@ from test_train import TINY, command, equal, folder_of_images
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from convnext_min import distributed, engine, records, train
+from convnext_min import train
 from convnext_min.data import Batches, offline_sample
-from convnext_min.engine import Run, Setup
 from convnext_min.recipes import Recipe
+from convnext_min.train import distributed, engine, records
+from convnext_min.train.engine import Run, Setup
 
 PLAIN = replace(TINY, epochs=2, clip_grad=100.0)  # 10 steps of 8 images
 RANDOM = replace(PLAIN, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_min import Block, exercises
+from convnext_min import Block
 from convnext_min.blocks import Bottleneck, ConvNeXtBlock, MovedUpBlock
-from convnext_min.exercises import attempt, expect, same, solved
+from convnext_min.book import exercises
+from convnext_min.book.exercises import attempt, expect, same, solved
 
 
 class Renamed(Bottleneck):

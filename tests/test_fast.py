@@ -11,9 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
-from convnext_min import compiled, fast
+from convnext_min import fast
 from convnext_min.blocks import ConvNeXtBlock
 from convnext_min.convnext import Block, convnext_atto
+from convnext_min.fast import kernels
 from convnext_min.roadmap import build
 
 
@@ -141,9 +142,9 @@ def test_in_bfloat16_the_error_is_no_larger_than_the_plain_models():
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiled.kernels.cache_clear()
+    kernels.kernels.cache_clear()
     yield
-    compiled.kernels.cache_clear()
+    kernels.kernels.cache_clear()
 
 
 def test_without_a_compiler_it_says_so_once_and_computes_the_same(no_compiler, recwarn):
@@ -234,7 +235,7 @@ def test_averages_of_the_weights_go_on_working():
 
 
 def test_processes_that_start_together_do_not_disturb_each_other():
-    code = "import torch; from convnext_min import compiled; assert compiled.kernels(torch.float32)"
+    code = "import torch; from convnext_min.fast import kernels; assert kernels.kernels(torch.float32)"
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in started] == [0, 0]
 

@@ -9,7 +9,7 @@ from test_train import TINY, equal
 from convnext_min import train
 from convnext_min.convnext import ConvNeXt
 from convnext_min.data import ImageSet, offline_sample
-from convnext_min.finetune import Start, load_start
+from convnext_min.train.pretrained import Start, load_start
 
 SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 

@@ -17,8 +17,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.transforms import functional as T
 
-from convnext_min import data, imagenet, recipes
-from convnext_min.imagenet import Folder, Names, check, class_map, loader, open_source
+from convnext_min import data, recipes
+from convnext_min.data import disk
+from convnext_min.data.disk import Folder, Names, check, class_map, loader, open_source
 
 RECIPE = replace(
     recipes.get("in1k", model="convnext_tiny"), batch_size=6, base_batch=6, resolution=48, eval_resolution=40
@@ -88,7 +89,7 @@ def test_an_epoch_has_no_image_twice(root):
 
 def test_images_follow_from_seed_epoch_and_number_whatever_reads_them(root, monkeypatch):
     alone = drawn(loader(root, "train", RECIPE, True, workers=0), epoch=2)
-    monkeypatch.setattr(imagenet, "CHUNK", 4)  # batches in two parts
+    monkeypatch.setattr(disk, "CHUNK", 4)  # batches in two parts
     torch.rand(3)  # the global generators have no part in it
     np.random.rand(3)
     assert same(drawn(loader(root, "train", RECIPE, True, workers=2), epoch=2), alone)
@@ -140,22 +141,22 @@ def test_random_erasing_is_the_recipes(root):
 
 def test_rand_augment_works_at_every_strength_that_it_can_draw():
     recipe = replace(RECIPE, rand_augment="rand-m10-n6-p1.0-inc1")  # 9 ± 0.5 may be 10, where timm posterizes to 0 bits
-    augment = imagenet.transform(recipe, True, 32)
+    augment = disk.transform(recipe, True, 32)
     for number in range(40):
-        with imagenet.seeded(number):
+        with disk.seeded(number):
             assert augment(picture(number)).isfinite().all()
 
 
 def test_an_error_in_a_worker_ends_the_process(root):
     program = f"""
 from tests.test_imagenet import RECIPE
-from convnext_min import imagenet
+from convnext_min.data import disk
 
 def fail(image):
     raise RuntimeError("the transform is wrong")
 
-imagenet.transform = lambda *_: fail
-batches = imagenet.loader({str(root)!r}, "train", RECIPE, True, workers=1)
+disk.transform = lambda *_: fail
+batches = disk.loader({str(root)!r}, "train", RECIPE, True, workers=1)
 for x, y in batches.epoch():
     pass
 """
@@ -311,7 +312,7 @@ def test_a_hugging_face_dataset_is_read_through_timm(root, monkeypatch):
         asked.append((name, split))
         return types.SimpleNamespace(reader=Reader())
 
-    monkeypatch.setattr(imagenet, "create_dataset", create_dataset)
+    monkeypatch.setattr(disk, "create_dataset", create_dataset)
     batches = loader("hfds/somebody/set", "val", RECIPE, False, workers=0)
     assert asked == [("hfds/somebody/set", "validation")] and batches.classes == ("tench", "springer")
     assert same(drawn(batches), drawn(loader(root, "val", RECIPE, False, workers=0)))
@@ -363,7 +364,7 @@ def test_wrong_sources_are_named(root, tmp_path):
 
 def test_a_whole_folder_passes_the_check(root, capsys):
     assert check(root, workers=0) == []
-    imagenet.main(["check", str(root), "--workers", "2"])
+    disk.main(["check", str(root), "--workers", "2"])
     assert "is complete and can be read" in capsys.readouterr().out
 
 
@@ -374,7 +375,7 @@ def test_the_check_names_broken_images_unless_it_is_quick(damaged, capsys):
         f"{split}/{WNIDS[0]}/3.png: " in line for split, line in zip(("train", "val"), found)
     )
     with pytest.raises(SystemExit, match="2 problems in"):
-        imagenet.main(["check", str(damaged), "--workers", "0"])
+        disk.main(["check", str(damaged), "--workers", "0"])
 
 
 def test_the_check_compares_the_classes(damaged):
@@ -410,5 +411,5 @@ def test_the_class_map(root, tmp_path, capsys):
     with pytest.raises(ValueError, match="1 classes are twice in the list of 3"):
         class_map(["n1", "n2", "n1"], ["n1"])
     (tmp_path / "all.txt").write_text(f"n00000001\n{WNIDS[1]}\n{WNIDS[0]}\n")
-    imagenet.main(["class-map", str(tmp_path / "all.txt"), str(root / "train"), str(tmp_path / "map.txt")])
+    disk.main(["class-map", str(tmp_path / "all.txt"), str(root / "train"), str(tmp_path / "map.txt")])
     assert (tmp_path / "map.txt").read_text() == "2\n1\n" and "2 classes" in capsys.readouterr().out

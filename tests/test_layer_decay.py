@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
-from convnext_min import convnext, engine
-from convnext_min.layer_decay import group_of, learning_rate_scales
+from convnext_min import convnext
+from convnext_min.train import engine
+from convnext_min.train.layer_decay import group_of, learning_rate_scales
 
 
 def build(name):

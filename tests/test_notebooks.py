@@ -18,7 +18,7 @@ import sys
 if "google.colab" in sys.modules:
     %pip install --quiet git+{url}@{branch}
 
-from convnext_min.budget import budget, budget_name
+from convnext_min.book.budget import budget, budget_name
 
 print("Budget:", budget_name())"""
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from convnext_min import recipes
-from convnext_min.plan import plan
+from convnext_min.train.plan import main as plan_main
+from convnext_min.train.plan import plan
 
 IN1K = recipes.get("in1k", model="convnext_tiny")
 IMAGES = 1_281_167
@@ -99,12 +100,12 @@ def test_numbers_must_be_positive(numbers, message):
 
 
 def test_the_command_line_plans_and_measures(capsys):
-    recipes.main(["plan", "--recipe", "in1k", "--model", "convnext_tiny", "--gpus", "8", "--per-gpu-batch", "128"])
+    plan_main(["--recipe", "in1k", "--model", "convnext_tiny", "--gpus", "8", "--micro-batch", "128"])
     assert "4 times accumulated: 4,096 images a step" in capsys.readouterr().out
     small = ["depths=(1,1,1,1)", "dims=(8,8,8,8)", "resolution=64", "batch_size=4"]
-    recipes.main(["plan", "--recipe", "imagenette", "--model", "convnext_atto", "--measure", "--set", *small])
+    plan_main(["--recipe", "imagenette", "--model", "convnext_atto", "--measure", "--set", *small])
     assert "images a second in each process" in capsys.readouterr().out
-    recipes.main(["plan", "--recipe", "road", "--model", "road:convnext"])
+    plan_main(["--recipe", "road", "--model", "road:convnext"])
     assert "147 steps an epoch" in capsys.readouterr().out
     for more, message in (
         (["--images-per-second", "0"], "error: the images a second must be positive, got 0"),
@@ -112,6 +113,6 @@ def test_the_command_line_plans_and_measures(capsys):
         (["--images", "0"], "error: the number of images must be positive, got 0"),
     ):
         with pytest.raises(SystemExit, match=message):
-            recipes.main(["plan", "--recipe", "in1k", "--model", "convnext_tiny", *more])
+            plan_main(["--recipe", "in1k", "--model", "convnext_tiny", *more])
     with pytest.raises(SystemExit, match="error: the paper has no in1k for convnext_xlarge"):
-        recipes.main(["plan", "--recipe", "in1k", "--model", "convnext_xlarge"])
+        plan_main(["--recipe", "in1k", "--model", "convnext_xlarge"])

@@ -5,9 +5,10 @@ import torch
 from matplotlib.patches import Polygon
 from torch import nn
 
-from convnext_min import Block, paper, plots
+from convnext_min import Block, paper
+from convnext_min.book import plots
+from convnext_min.book.plots import Op, Residual
 from convnext_min.measure import count_macs
-from convnext_min.plots import Op, Residual
 from convnext_min.roadmap import STEPS, build
 
 

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from convnext_min import imagenet, predict, recipes, train
-from convnext_min.data import offline_sample
+from convnext_min import recipes, train
+from convnext_min.data import disk, offline_sample
 from convnext_min.recipes import Recipe
+from convnext_min.train import predict
 
 RECIPE = Recipe(
     epochs=8,
@@ -86,7 +87,7 @@ def test_an_image_is_prepared_as_the_recipe_that_reads_from_the_disk_evaluates(t
     recipe = recipes.get("in1k", model="convnext_tiny")
     given = predict.predict_file(model, Path(trained[1][0]), recipe)
     with Image.open(trained[1][0]) as image:
-        x = imagenet.transform(recipe, False, recipe.eval_resolution)(image)
+        x = disk.transform(recipe, False, recipe.eval_resolution)(image)
     assert x.shape == (3, 224, 224) and torch.equal(given, model(x[None]).softmax(1)[0])
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from test_train import EVERYTHING_RANDOM, TINY, equal, new_run
 
-from convnext_min import records, train
+from convnext_min import environment, train
 from convnext_min.data import offline_sample
-from convnext_min.engine import Run, Setup
-from convnext_min.predict import load_model
+from convnext_min.train import records
+from convnext_min.train.engine import Run, Setup
+from convnext_min.train.predict import load_model
 
 
 @pytest.fixture(scope="module")
@@ -244,10 +245,10 @@ def test_the_command_of_a_result_names_what_started_it(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", "convnext_min.train", "--epochs", "1"])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    command = records.environment()["command"]
+    command = environment.environment()["command"]
     assert command == ["torchrun", "--nproc-per-node", "2", "-m", "convnext_min.train", "--epochs", "1"]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert records.environment()["command"][:2] == ["python", "-u"]
+    assert environment.environment()["command"][:2] == ["python", "-u"]
 
 
 def test_a_result_names_the_commit_of_this_repository_and_of_no_other(tmp_path, monkeypatch):
@@ -257,9 +258,9 @@ def test_a_result_names_the_commit_of_this_repository_and_of_no_other(tmp_path, 
     installed.touch()
     options = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "not ours"]
     subprocess.run(["git", "-C", tmp_path, *options], check=True)
-    monkeypatch.setattr(records, "__file__", str(installed))
-    assert records.environment()["commit"] is None
+    monkeypatch.setattr(environment, "__file__", str(installed))
+    assert environment.environment()["commit"] is None
     subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
-    assert len(records.environment()["commit"].removesuffix("-dirty")) == 40
+    assert len(environment.environment()["commit"].removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.environment()["commit"] is None  # there is no git
+    assert environment.environment()["commit"] is None  # there is no git

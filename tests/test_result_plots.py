@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from convnext_min import recipes, result_plots, results
+from convnext_min import recipes
+from convnext_min.book import result_figures, results
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.roadmap import STEPS, build
 
@@ -48,22 +49,22 @@ def levers(folder):
 
 
 def test_curves_are_numbers_by_trial_and_seed(levers):
-    logs = result_plots.curves("levers")
+    logs = result_figures.curves("levers")
     assert list(logs) == [("plain", 0), ("plain", 1), ("good", 0), ("good", 1), ("bad", 0)]
     assert logs["good", 1] == [{"step": 10.0, "top1": None}, {"step": 20.0, "top1": 0.5}]
 
 
 def test_levers_are_compared_with_their_base_and_sorted(levers):
-    plain, good, bad = result_plots.lever_table(["bad", "good"]).rows
+    plain, good, bad = result_figures.lever_table(["bad", "good"]).rows
     assert plain == ("plain", "50.0\xa0±\xa00.0", "2", "", "1.00")
     assert good[:3] == ("good", "69.5\xa0±\xa00.7", "2") and good[3].startswith("+19.5 (") and good[4] == "1.50"
     assert bad[:3] == ("bad", "45.0", "1") and bad[3].startswith("-5.0 (") and bad[4] == "1.00"
-    base, other = result_plots.lever_table(["bad"], base="good").rows
+    base, other = result_figures.lever_table(["bad"], base="good").rows
     assert base[0] == "good" and other[3].startswith("-25.0 (")  # of the seed that both have
 
 
 def test_every_seed_of_a_lever_is_a_dot(levers):
-    ax = result_plots.lever_gains(["bad", "good"]).axes[0]
+    ax = result_figures.lever_gains(["bad", "good"]).axes[0]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["good", "bad"]
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert np.concatenate([line.get_xdata() for line in dots]) == pytest.approx([20, 19, -5])
@@ -94,7 +95,7 @@ def runs(folder):
 
 
 def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder):
-    assert result_plots.timed_table(runs).rows == (
+    assert result_figures.timed_table(runs).rows == (
         ("ours", "A", "3", "61.0 ± 1.4", "2", "6.0", "60"),
         ("ours", "A", "10", "70.0", "1", "20.0", "200"),
         ("x", "A", "3", "40.0", "1", "6.0", "60"),
@@ -103,11 +104,11 @@ def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder
     path = folder / "imagenette" / "d" / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"images": IMAGES - 1}))
     with pytest.raises(ValueError, match=r"different numbers of images: \[199, 200\]"):
-        result_plots.timed_table(runs)
+        result_figures.timed_table(runs)
 
 
 def test_timed_runs_are_drawn_by_label_and_processor(runs):
-    fig = result_plots.timed_runs(runs)
+    fig = result_figures.timed_runs(runs)
     left, right = fig.axes
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ours, A", "x, A", "ours, A, AVX2"]
     assert [list(line.get_xdata()) for line in left.lines[::2]] == [[1.5, 3], [1.5, 3], [5, 10], [1.5, 3], [1.5, 3]]
@@ -130,14 +131,14 @@ def test_a_contest_has_a_row_for_each_implementation(folder):
     (folder / "speed").mkdir()
     outcome = {"model": "convnext_atto", "resolution": 128, "batch_size": 32, "mode": "train", "results": results_}
     (folder / "speed" / "train.json").write_text(json.dumps(outcome))
-    assert result_plots.contest_table("train").rows == (
+    assert result_figures.contest_table("train").rows == (
         ("convnext_atto, 128 px, 32 images", "convnext_min", "298 (288–301)", "", "bf16, NCHW, eager"),
         ("", "timm", "129 (124–130)", "2.30 (2.22–2.34)", "fp32, NCHW, eager"),
     )
 
 
 def test_confusions_count_images_of_a_class_by_their_answer():
-    ax = result_plots.confusions(np.array([0, 0, 0, 2]), np.array([1, 1, 2, 0]), ("a", "b", "c")).axes[0]
+    ax = result_figures.confusions(np.array([0, 0, 0, 2]), np.array([1, 1, 2, 0]), ("a", "b", "c")).axes[0]
     assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
         ((1, 0), "2"),
         ((2, 0), "1"),
@@ -159,31 +160,31 @@ def road(folder):
             right = np.arange(2000) < 1000 + 10 * i
             answers[f"{step}/{seed}"] = np.where(right, labels, labels + 1)
             rows.append({"trial": step, "seed": seed, "cpu_seconds": 60 * (i + 1)})
-    write_csv(folder / "road" / "runs.csv", rows)
-    np.savez(folder / "road" / "answers.npz", labels=labels, **answers)
+    write_csv(folder / "road_convnext_init" / "runs.csv", rows)
+    np.savez(folder / "road_convnext_init" / "answers.npz", labels=labels, **answers)
 
 
 def test_the_road_is_compared_step_by_step_with_the_paper(road):
-    table = result_plots.road_results()
+    table = result_figures.road_results()
     first, second, *_, last = table.rows
     assert table.header[1] == "top-1 (%), 2 seeds"
     assert first == ("ResNet-50", "50.0\xa0±\xa00.0", "", "")
     assert second[:2] == ("stage ratio", "50.5\xa0±\xa00.0")
     assert second[2].startswith("+0.5 (") and second[3] == "+0.54"
     assert last[0] == "separate downsampling" and last[3] == "+0.50"
-    (gelu,) = result_plots.road_results("gelu").rows
+    (gelu,) = result_figures.road_results("gelu").rows
     assert gelu[2].startswith("+1.5 (") and gelu[3] == "+0.05"  # after kernel 7, three steps earlier
 
 
 def test_bars_of_the_road_are_gains_over_resnet50(road):
-    left, here = result_plots.road_gains().axes
+    left, here = result_figures.road_gains().axes
     widths = [[bar.get_width() for bar in ax.patches] for ax in (left, here)]
     assert widths[0][-1] == pytest.approx(81.97 - 78.82) and widths[0][0] == 0
     assert widths[1] == pytest.approx([0.5 * i for i in range(16)])
 
 
 def test_costs_of_the_road_are_those_of_the_small_networks(road):
-    macs, parameters, time = result_plots.road_costs().axes
+    macs, parameters, time = result_figures.road_costs().axes
     assert list(time.lines[0].get_xdata()) == list(range(1, 17))
     recipe = recipes.get("road")
     small = build("resnet50", num_classes=10, width_multiplier=recipe.width_multiplier)
@@ -205,14 +206,14 @@ def ends(folder, experiment, conditions):
 
 def test_the_grid_has_a_line_for_each_network(folder):
     ends(folder, "grid", ("road-classic", "road"))
-    ax = result_plots.recipe_grid().axes[0]
+    ax = result_figures.recipe_grid().axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
     assert lines == {"ResNet-50": pytest.approx([40, 50]), "ConvNeXt": pytest.approx([50, 60])}
 
 
 def test_fractions_are_drawn_over_the_part_of_the_images(folder):
     ends(folder, "when", ("10% of the images", "all images"))
-    ax = result_plots.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
+    ax = result_figures.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
     lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
     assert list(lines["ConvNeXt"].get_xdata()) == [10, 100]
     assert list(lines["ConvNeXt"].get_ydata()) == pytest.approx([50, 60])

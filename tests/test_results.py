@@ -12,7 +12,8 @@ import nbformat
 import pytest
 import yaml
 
-from convnext_min import recipes, results
+from convnext_min import recipes
+from convnext_min.book import results
 
 ROOT = Path(__file__).parents[1]
 SUMMARIES = sorted((ROOT / "book" / "results" / "imagenette").glob("*/summary.json"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "convnext_min" / "slurm" / "imagenet.sbatch"
+SCRIPT = Path(__file__).parents[1] / "convnext_min" / "train" / "imagenet.sbatch"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is missing")
 

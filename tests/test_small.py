@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_min import data, small
-from convnext_min.recipes import Recipe
+from convnext_min import data
+from convnext_min.recipes import INITS, Recipe
 from convnext_min.train import make_model
 
 
@@ -34,7 +34,7 @@ def test_a_pixel_on_a_patch_border_reaches_both_neighbours_in_the_overlapping_st
 def test_fan_in_init_keeps_the_size_of_the_signal_where_the_papers_shrinks_it():
     x = torch.randn(8, 40, 16, 16)
     sizes = {}
-    for init in small.INITS:
+    for init in INITS:
         torch.manual_seed(1)
         block = built(init=init).stages[0][0]
         sizes[init] = block.dwconv(x)[:, :, 3:-3, 3:-3].std().item()

@@ -19,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.optim import muon
 from torch import nn
 
-from convnext_min import engine, recipes, records, train
+from convnext_min import recipes, train
 from convnext_min.data import Batches, ImageSet, offline_sample
-from convnext_min.engine import Run, Setup, parameter_groups
 from convnext_min.fast import FastDepthwise
 from convnext_min.recipes import Recipe
+from convnext_min.train import engine, records
+from convnext_min.train.engine import Run, Setup, parameter_groups
 
 TINY = Recipe(
     epochs=3,

@@ -13,7 +13,7 @@ from sphinx.util.docutils import SphinxDirective
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the package of this very checkout
 
 from convnext_min import STEPS
-from convnext_min.diff import step_diff
+from convnext_min.book.diff import step_diff
 from convnext_min.measure import road_table
 from convnext_min.roadmap import REGIMES
 

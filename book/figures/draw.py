@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from convnext_min import plots, result_plots
+from convnext_min.book import plots, result_figures
 
 FIGURES = {
     "road_resnet50.svg": lambda: plots.road("resnet50"),
     "road_resnet200.svg": lambda: plots.road("resnet200"),
-    "road_small.svg": result_plots.road_gains,
+    "road_small.svg": result_figures.road_gains,
 }
 
 

@@ -3,7 +3,7 @@
 What a training image looks like depends on the seed, the epoch and its number alone. A run that is resumed, has other
 workers or is spread over other processes sees the same images.
 
-`python -m convnext_min.imagenet check DIR` looks through a folder of images before hours are spent on it.
+`python -m convnext_min.data.disk check DIR` looks through a folder of images before hours are spent on it.
 """
 
 import argparse
@@ -504,7 +504,7 @@ def _class_list(path: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m convnext_min.imagenet", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.data.disk", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checks = commands.add_parser("check", help="look through a folder with train/<class>/ and val/<class>/")
     checks.add_argument("folder")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = Path(__file__).parents[1] / "book" / "results"
+FOLDER = Path(__file__).parents[2] / "book" / "results"
 ADDRESS = "https://raw.githubusercontent.com/convnext-book/convnext-book/main/book/results"
 
 

@@ -1,12 +1,15 @@
 """Speed against other implementations: all in one process, by turns, each with the settings that suit it best.
 
-`python -m convnext_min.measure --against official timm torchvision --mode train` is its command line.
+`python -m convnext_min.experiments.benchmark official timm torchvision --mode train` is its command line.
 """
 
+import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -18,8 +21,8 @@ from torchvision.models.convnext import CNBlockConfig
 from tqdm.auto import tqdm
 
 from convnext_min import convnext, fast
-from convnext_min.engine import autocast_dtype
-from convnext_min.records import environment
+from convnext_min.environment import environment, write_json
+from convnext_min.train.engine import autocast_dtype
 
 CLASSES = 1000
 
@@ -166,3 +169,29 @@ def report(outcome: dict[str, Any]) -> str:
             f"ours is {ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})  [{result['setting']}]"
         )
     return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments.benchmark", description=__doc__)
+    parser.add_argument("baselines", nargs="+", metavar="BASELINE", help="official, timm or torchvision")
+    parser.add_argument("--model", default="convnext_atto", help="a variant of ConvNeXt")
+    parser.add_argument("--resolution", type=int, default=128, help="in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="images")
+    parser.add_argument("--mode", choices=("train", "infer"), default="train")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path("results/speed"), help="folder for the results as JSON")
+    args = parser.parse_args(argv)
+    try:
+        outcome = contest(args.baselines, args.model, args.resolution, args.batch, args.mode, args.rounds)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(report(outcome))
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{args.mode}-{args.model}-{args.resolution}px-batch{args.batch}.json"
+    write_json(outcome, path)
+    print(f"In {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from convnext_min import convnext, data, distributed, imagenet, recipes, records, roadmap, small
-from convnext_min.data import Batches, ImageSet
-from convnext_min.engine import Run, Setup, autocast_dtype, images_at_a_time, peak_memory, stop_requests
-from convnext_min.finetune import Start, load_start
+from convnext_min import convnext, data, recipes, roadmap
+from convnext_min.data import Batches, ImageSet, disk
+from convnext_min.environment import environment, write_json
 from convnext_min.measure import count_parameters
-from convnext_min.plan import plan
 from convnext_min.recipes import Recipe
+from convnext_min.train import distributed, records, small
+from convnext_min.train.engine import Run, Setup, autocast_dtype, images_at_a_time, peak_memory, stop_requests
+from convnext_min.train.plan import plan
+from convnext_min.train.pretrained import Start, load_start
 
 VARIANTS = {name: build for name, build in vars(convnext).items() if name.startswith("convnext_")}
 # What a recipe says of the network itself, and whose networks have it: `VARIANTS` or the road's.
@@ -280,8 +282,8 @@ def train(
         given = {"answers": result.predictions.numpy(), "labels": result.labels.numpy()}
         np.savez_compressed(checkpoint.parent / ANSWERS, **{k: v.astype(np.uint16) for k, v in given.items()})
         summary |= {"processes": distributed.world(), "images_at_a_time": run.micro_batch}
-        records.write_json(summary | records.environment(), checkpoint.parent / "summary.json")
-        records.draw_curve(run.rows, checkpoint.parent / "curve.png")
+        write_json(summary | environment(), checkpoint.parent / "summary.json")
+        records.training_curve(run.rows).savefig(checkpoint.parent / "curve.png", dpi=150)
         files = f"{CHECKPOINT}, log.csv, curve.png, summary.json, {ANSWERS}"
         print(f"In {checkpoint.parent}: {files}, and events for TensorBoard")
     return History(run.rows, run.best.eval(), result.predictions, result.top1)
@@ -416,7 +418,7 @@ def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Ba
             )
         place = (args.seed, distributed.rank(), distributed.world(), args.workers)
         train_set, val_set = (
-            imagenet.loader(args.data, split, recipe, split == "train", *place, holdout=args.holdout)
+            disk.loader(args.data, split, recipe, split == "train", *place, holdout=args.holdout)
             for split in ("train", "val")
         )
         return train_set, val_set
@@ -479,7 +481,3 @@ def main(argv: list[str] | None = None) -> None:
 def _process() -> str:
     """Which process this is, unless it is the first."""
     return f" in process {distributed.rank()}" if distributed.rank() else ""
-
-
-if __name__ == "__main__":
-    main()

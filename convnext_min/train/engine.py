@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from convnext_min import distributed, fast
+from convnext_min import fast
 from convnext_min.data import Batches
-from convnext_min.layer_decay import learning_rate_scales
 from convnext_min.recipes import Recipe
+from convnext_min.train import distributed
+from convnext_min.train.layer_decay import learning_rate_scales
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS)

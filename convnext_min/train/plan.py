@@ -1,4 +1,4 @@
-"""What a recipe means on given hardware and data, before the hours are spent: `python -m convnext_min.recipes plan`.
+"""What a recipe means on given hardware and data, before the hours are spent: `python -m convnext_min.train.plan`.
 
 The batch of a recipe is what one step of the optimizer sees, on however many processes: each takes its share, in as
 many parts as its memory needs, and adds up their gradients (accumulation).
@@ -6,6 +6,7 @@ many parts as its memory needs, and adds up their gradients (accumulation).
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,7 +143,8 @@ def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) ->
 
 def measure_speed(model: str, recipe: Recipe, per_process: int) -> float:
     """Images a second of `model` in training here, as the trainer computes, but without loading and the optimizer."""
-    from convnext_min import engine, fast, measure, train  # they need the arithmetic of this module themselves
+    from convnext_min import fast, measure, train
+    from convnext_min.train import engine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = train.make_model(model, recipe, 1000).to(device, memory_format=torch.channels_last)
@@ -153,17 +155,6 @@ def measure_speed(model: str, recipe: Recipe, per_process: int) -> float:
         return measure.throughput(network, recipe.resolution, per_process, training=True).median
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line that `from_arguments` reads, but for --recipe, --model and --set."""
-    parser.add_argument("--gpus", type=int, default=1, help="on all nodes together: one process each")
-    parser.add_argument("--per-gpu-batch", type=int, help="images at a time; without it the whole share of the batch")
-    parser.add_argument("--images", type=int, help="of the training set; without it those of the recipe's")
-    parser.add_argument("--epochs", help="instead of the recipe's")
-    speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--images-per-second", type=float, help="of one GPU in training")
-    speed.add_argument("--measure", action="store_true", help="the same, measured on this machine now")
-
-
 def from_arguments(args: argparse.Namespace) -> Plan:
     """The plan that the command line asks for."""
     settings = args.set + ([f"epochs={args.epochs}", "minutes=None"] if args.epochs else [])
@@ -172,9 +163,34 @@ def from_arguments(args: argparse.Namespace) -> Plan:
     if args.measure:
         if args.gpus < 1:
             raise ValueError(f"the number of processes must be positive, got {args.gpus}")
-        speed = measure_speed(args.model, recipe, args.per_gpu_batch or max(1, recipe.batch_size // args.gpus))
+        speed = measure_speed(args.model, recipe, args.micro_batch or max(1, recipe.batch_size // args.gpus))
     images = args.images
     if images is None:
         images = IMAGES.get(args.recipe, IMAGES["in1k" if args.recipe in recipes.PER_MODEL else "imagenette"])
     stride = 16 if "isotropic" in args.model else 32
-    return plan(recipe, images, args.gpus, args.per_gpu_batch, speed, recipes.RECIPES[args.recipe], stride)
+    return plan(recipe, images, args.gpus, args.micro_batch, speed, recipes.RECIPES[args.recipe], stride)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.train.plan", description=__doc__)
+    parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipes.RECIPES)}")
+    parser.add_argument("--model", required=True, help="such as convnext_tiny")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
+    parser.add_argument("--gpus", type=int, default=1, help="on all nodes together: one process per GPU")
+    parser.add_argument(
+        "--micro-batch", type=int, help="images per GPU at a time; default: its whole share of the batch"
+    )
+    parser.add_argument("--images", type=int, help="size of the training set; default: that of the recipe")
+    parser.add_argument("--epochs", help="in place of the recipe's")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--images-per-second", type=float, help="training speed of one GPU")
+    speed.add_argument("--measure", action="store_true", help="measure that speed on this machine now")
+    try:
+        print(from_arguments(parser.parse_args(argv)))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

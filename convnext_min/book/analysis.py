@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
-from convnext_min import paper, results
+from convnext_min import paper
+from convnext_min.book import results
 from convnext_min.roadmap import STEPS
 
 DRAWS = 2000  # of a bootstrap

@@ -1,4 +1,4 @@
-"""What is in a picture: `python -m convnext_min.predict --checkpoint runs/first/checkpoint.pt image.jpg ...`."""
+"""What is in a picture: `python -m convnext_min.train.predict --checkpoint runs/first/checkpoint.pt image.jpg ...`."""
 
 import argparse
 import sys
@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from convnext_min import data, imagenet
-from convnext_min.data import Batches, ImageSet
+from convnext_min import data
+from convnext_min.data import Batches, ImageSet, disk
 from convnext_min.recipes import Recipe
-from convnext_min.records import load_checkpoint
 from convnext_min.train import make_model
+from convnext_min.train.records import load_checkpoint
 
 
 def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
@@ -44,8 +44,8 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
     if recipe.loader == "disk":
         try:
             with Image.open(path) as image:
-                x = imagenet.transform(recipe, False, recipe.eval_resolution)(image.convert("RGB"))
-        except imagenet.BROKEN:
+                x = disk.transform(recipe, False, recipe.eval_resolution)(image.convert("RGB"))
+        except disk.BROKEN:
             return None
         return model(x[None]).softmax(1)[0]
     pixels = data.decode(path, recipe.image_size)  # (S, S, 3)
@@ -56,7 +56,7 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: a block of lines for each image that can be read, the others named; exit code 1 if any."""
-    parser = argparse.ArgumentParser(prog="python -m convnext_min.predict", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.train.predict", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run")
     parser.add_argument("--top", type=int, default=3, help="how many classes to print for an image")
     parser.add_argument("images", nargs="+", help="image files")

@@ -5,28 +5,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib
-import json
 import math
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
-import torchvision
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from convnext_min import distributed
+from convnext_min.train import distributed
 
 if TYPE_CHECKING:
-    from convnext_min.engine import Run
+    from convnext_min.train.engine import Run
 
 
 def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
@@ -238,11 +233,25 @@ def line(row: dict[str, Any]) -> str:
     return f"{text} ({speed}, {row['memory_gb']:.1f} GB, {row['seconds']:.0f} s)"
 
 
-def draw_curve(rows: list[dict], path: Path) -> None:
-    """Draw losses and accuracies over the epochs."""
-    from convnext_min import plots  # matplotlib takes seconds, and only here
-
-    plots.curve(rows).savefig(path, dpi=150)
+def training_curve(rows: Sequence[Mapping[str, Any]], fig: Figure | None = None) -> Figure:
+    """Return losses and accuracies over the epochs, from the rows of a log, drawn into a figure or its two axes."""
+    fig = fig or Figure(figsize=(8, 2.8), layout="constrained")
+    left, right = fig.axes or fig.subplots(1, 2)
+    for ax, names, unit in (
+        (left, {"train_loss": "training", "val_loss": "validation"}, 1),
+        (right, {"top1": "weights", "ema_top1": "averaged weights"}, 100),
+    ):
+        for name, label in names.items():
+            points = [(row["epoch"], unit * row[name]) for row in rows if row[name] is not None]
+            if points:
+                ax.plot(*zip(*points), marker="o", markersize=3, label=label)
+        ax.set_xlabel("epoch")
+        ax.legend()
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    left.set_ylabel("cross-entropy")
+    right.set_ylabel("validation top-1 (%)")
+    right.set_ylim(bottom=0)
+    return fig
 
 
 def most_confused(predictions: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
@@ -255,40 +264,3 @@ def most_confused(predictions: Tensor, labels: Tensor, classes: tuple[str, ...])
     return (
         f"{classes[a]} taken for {classes[b]} {matrix[a, b]} times, {classes[b]} for {classes[a]} {matrix[b, a]} times"
     )
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on besides the recipe: command, commit, versions and machine."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git; not in its repository
-        ask = partial(subprocess.run, check=True, capture_output=True, text=True)
-        ask([*git, "ls-files", "--error-unmatch", Path(__file__).name])  # not a repository that this is installed in
-        commit = ask([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]).stdout.strip()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    launcher, arguments = ["python"], sys.orig_argv[1:]
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this as python -u -m ...
-        launcher, arguments = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]], arguments[1:]
-    return {
-        "command": [*launcher, *arguments],
-        "commit": commit,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "machine": {
-            "system": platform.platform(),
-            "cpu": capabilities.get("cpu_name") or platform.processor(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-    }
-
-
-def write_json(values: dict[str, Any], path: Path) -> None:
-    """Write `values` as readable JSON."""
-    path.write_text(json.dumps(values, indent=2) + "\n")

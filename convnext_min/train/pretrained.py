@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convnext_min import records
+from convnext_min.train import records
 
 
 class Start(NamedTuple):

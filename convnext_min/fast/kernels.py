@@ -24,7 +24,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     Each process compiles for itself, so that processes cannot disturb each other, nor machines that share a home.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(__file__).with_name("fast.cpp"), Path(folder, "fast.so")
+        source, library = Path(__file__).with_name("kernels.cpp"), Path(folder, "fast.so")
         try:
             command = [os.environ.get("CXX", "c++"), *FLAGS, f"-DT={TYPES[dtype]}", source, "-o", library]
             subprocess.run(command, check=True, capture_output=True, text=True)

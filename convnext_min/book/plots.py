@@ -27,6 +27,7 @@ from convnext_min import paper
 from convnext_min.convnext import DropPath, LayerNorm
 from convnext_min.measure import Throughput, count_macs, count_parameters, road_table, throughput
 from convnext_min.roadmap import REGIMES, build
+from convnext_min.train.records import training_curve
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#7a7a7a"
@@ -138,22 +139,7 @@ def road(regime: str = "resnet50") -> Figure:
 
 def curve(rows: Sequence[Mapping]) -> Figure:
     """Losses and accuracies over the epochs, from the log of a run: the rows that `train.train` returns."""
-    fig, (left, right) = figure(2.8, 2)
-    for ax, names, unit in (
-        (left, {"train_loss": "training", "val_loss": "validation"}, 1),
-        (right, {"top1": "weights", "ema_top1": "averaged weights"}, 100),
-    ):
-        for name, label in names.items():
-            points = [(row["epoch"], unit * row[name]) for row in rows if row[name] is not None]
-            if points:
-                ax.plot(*zip(*points), marker="o", markersize=3, label=label)
-        ax.set_xlabel("epoch")
-        ax.legend()
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    left.set_ylabel("cross-entropy")
-    right.set_ylabel("validation top-1 (%)")
-    right.set_ylim(bottom=0)
-    return fig
+    return training_curve(rows, figure(2.8, 2)[0])
 
 
 def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 4) -> Figure:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from convnext_min.compiled import able, autocast_dtype, kernels, run
+from convnext_min.fast.kernels import able, autocast_dtype, kernels, run
 
 
 class DepthwiseConv(Function):

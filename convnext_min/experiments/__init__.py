@@ -26,7 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from convnext_min import recipes
-from convnext_min.records import environment, write_json
+from convnext_min.environment import environment, write_json
 from convnext_min.roadmap import STEPS
 
 
@@ -406,7 +406,3 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("stopped; the same command goes on")
     for row in summarize(rows):
         print(f"{row['trial']:<28} {row['top1']:>6.2f} ± {row['std'] or 0:.2f} % ({row['seeds']} seeds)")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,8 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from convnext_min import blocks, convnext
-from convnext_min.compiled import PARTS, able, autocast_dtype, run
-from convnext_min.fast_layers import (
+from convnext_min.fast.kernels import PARTS, able, autocast_dtype, run
+from convnext_min.fast.layers import (
     FastDepthwise,
     FastGELU,
     FastPatchify,

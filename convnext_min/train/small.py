@@ -7,9 +7,6 @@ from torch import nn
 
 from convnext_min.convnext import ConvNeXt, LayerNorm
 
-STEMS = ("patchify", "overlapping")
-INITS = ("paper", "fan_in", "pytorch")
-
 
 def overlapping_stem(in_chans: int, dim: int) -> nn.Sequential:
     """Images (N, in_chans, H, W) to (N, dim, H / 4, W / 4), by two 3x3 convolutions of stride 2 instead of one 4x4.

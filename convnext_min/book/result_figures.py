@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from convnext_min import analysis, paper, results
-from convnext_min.analysis import BEFORE
+from convnext_min import paper
+from convnext_min.book import analysis, results
+from convnext_min.book.analysis import BEFORE
+from convnext_min.book.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.measure import count_macs
-from convnext_min.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS, build
 
@@ -21,7 +22,7 @@ CONTESTANTS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)
 
 def road_results(*slugs: str) -> Table:
     """Our small runs of road steps: top-1 with its spread, and the change that each brought, ours and the paper's."""
-    right = analysis.right_answers("road")
+    right = analysis.right_answers("road_convnext_init")
     rows = []
     for slug in slugs or STEPS:
         ours, published = "", ""
@@ -36,7 +37,7 @@ def road_results(*slugs: str) -> Table:
 
 def road_gains() -> Figure:
     """The road as the paper draws it: bars for what each step is above ResNet-50, the paper's and ours."""
-    right = analysis.right_answers("road")
+    right = analysis.right_answers("road_convnext_init")
     steps = [slug for slug in STEPS if slug in right]
     fig, (left, here) = figure(5.6, 2, sharey=True)
     y = np.arange(len(steps))
@@ -63,10 +64,10 @@ def road_gains() -> Figure:
 
 def road_costs() -> Figure:
     """Top-1 of the small runs against MACs, parameters and measured time, a point a step and a line along the road."""
-    right = analysis.right_answers("road")
+    right = analysis.right_answers("road_convnext_init")
     steps = [slug for slug in STEPS if slug in right]
     recipe = RECIPES["road"]
-    rows = results.rows("road/runs.csv")
+    rows = results.rows("road_convnext_init/runs.csv")
     costs = {"MACs (millions)": [], "parameters (millions)": [], "time (core-minutes)": []}
     for slug in steps:
         with torch.device("meta"):
