@@ -4,26 +4,29 @@
 State-dict keys and the initial distribution are those of the official release.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of (N, C, H, W); `nn.LayerNorm` is the (N, H, W, C) one."""
+    """Normalize the channels of each pixel of (N, C, H, W); `nn.LayerNorm` does so for (N, H, W, C)."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__(dim, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): in training, zero whole samples with probability `rate`.
+    """Stochastic depth (Huang et al., 2016): in training, zero whole samples of (N, C, H, W) with probability `rate`.
 
-    Survivors are divided by `1 - rate`, so the expectation stays; in eval mode this is the identity.
+    The other samples are divided by `1 - rate`, which keeps the expected value. In eval mode this is the identity.
     """
 
     def __init__(self, rate: float = 0.0):
@@ -36,15 +39,15 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)  # one draw a sample
+        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep)  # one draw per sample
         return x * mask.div_(keep)
 
 
 class Block(nn.Module):
     """ConvNeXt block (Figure 4): depthwise 7x7, LayerNorm, Linear to 4C, GELU, Linear to C, shortcut.
 
-    Shapes in and out: (N, C, H, W). Layer scale multiplies the branch by a learned `gamma` for each
-    channel, which starts at `layer_scale_init_value`; 0 builds the block without it (`gamma` is None).
+    Input and output are (N, C, H, W). Layer scale multiplies the branch by a learned `gamma` per channel, which
+    starts from `layer_scale_init_value`; 0 builds the block without it (`gamma` is None).
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6):
@@ -74,9 +77,10 @@ class Block(nn.Module):
 class ConvNeXt(nn.Module):
     """ConvNeXt: images (N, in_chans, H, W), H and W at least 32, to logits (N, num_classes).
 
-    `depths` and `dims` are blocks and channels of the four stages; `drop_path_rate` is the rate of the
-    last block, and the rates grow linearly from 0 at the first. `head_init_scale` multiplies the initial
-    classifier (0.001 in the paper's fine-tuning, Table 6). Raises ValueError for sizes that cannot be.
+    `depths` and `dims` are the blocks and channels of the four stages. `drop_path_rate` is the rate of the last
+    block; the rates grow linearly from 0 at the first. `head_init_scale` multiplies the initial classifier (0.001 in
+    the paper's fine-tuning, Table 6). `num_classes=0` leaves the classifier out: the output is the features
+    (N, dims[-1]). Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -90,9 +94,9 @@ class ConvNeXt(nn.Module):
         head_init_scale: float = 1.0,
     ):
         super().__init__()
-        if len(depths) != 4 or len(dims) != 4 or min(*depths, *dims, in_chans, num_classes) < 1:
+        if len(depths) != 4 or len(dims) != 4 or min(*depths, *dims, in_chans, num_classes + 1) < 1:
             raise ValueError(
-                "depths and dims must be four positive numbers each, in_chans and num_classes positive; "
+                "depths and dims must be four positive numbers each, in_chans at least 1, num_classes at least 0; "
                 f"got depths={depths}, dims={dims}, in_chans={in_chans}, num_classes={num_classes}"
             )
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm(dims[0]))
@@ -106,12 +110,12 @@ class ConvNeXt(nn.Module):
             for dim, depth in zip(dims, depths)
         )
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
-        self.head = nn.Linear(dims[-1], num_classes)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
 
         self.apply(self._init_weights)
         with torch.no_grad():
-            self.head.weight.mul_(head_init_scale)
-            self.head.bias.mul_(head_init_scale)
+            for parameter in self.head.parameters():
+                parameter.mul_(head_init_scale)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -120,7 +124,7 @@ class ConvNeXt(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) to pooled and normalized features (N, dims[-1])."""
+        """Return the pooled and normalized features (N, dims[-1]) of images (N, in_chans, H, W)."""
         for downsample, stage in zip(self.downsample_layers, self.stages):
             x = stage(downsample(x))  # (N, dims[i], H / 4 / 2**i, W / 4 / 2**i)
         return self.norm(x.mean([-2, -1]))
@@ -129,22 +133,13 @@ class ConvNeXt(nn.Module):
         return self.head(self.forward_features(x))
 
 
-def _variant(name: str, depths: tuple[int, ...], dims: tuple[int, ...]):
-    def build(**kwargs) -> ConvNeXt:
-        return ConvNeXt(**{"depths": depths, "dims": dims, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"ConvNeXt with depths {depths} and dims {dims}; keywords go to `ConvNeXt`."
-    return build
-
-
-# The four small ones are timm's; the others are the paper's (section 3).
-convnext_atto = _variant("convnext_atto", (2, 2, 6, 2), (40, 80, 160, 320))
-convnext_femto = _variant("convnext_femto", (2, 2, 6, 2), (48, 96, 192, 384))
-convnext_pico = _variant("convnext_pico", (2, 2, 6, 2), (64, 128, 256, 512))
-convnext_nano = _variant("convnext_nano", (2, 2, 8, 2), (80, 160, 320, 640))
-convnext_tiny = _variant("convnext_tiny", (3, 3, 9, 3), (96, 192, 384, 768))
-convnext_small = _variant("convnext_small", (3, 3, 27, 3), (96, 192, 384, 768))
-convnext_base = _variant("convnext_base", (3, 3, 27, 3), (128, 256, 512, 1024))
-convnext_large = _variant("convnext_large", (3, 3, 27, 3), (192, 384, 768, 1536))
-convnext_xlarge = _variant("convnext_xlarge", (3, 3, 27, 3), (256, 512, 1024, 2048))
+# The paper's five (section 3), after timm's four smaller ones.
+convnext_atto = partial(ConvNeXt, depths=(2, 2, 6, 2), dims=(40, 80, 160, 320))
+convnext_femto = partial(ConvNeXt, depths=(2, 2, 6, 2), dims=(48, 96, 192, 384))
+convnext_pico = partial(ConvNeXt, depths=(2, 2, 6, 2), dims=(64, 128, 256, 512))
+convnext_nano = partial(ConvNeXt, depths=(2, 2, 8, 2), dims=(80, 160, 320, 640))
+convnext_tiny = partial(ConvNeXt, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+convnext_small = partial(ConvNeXt, depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
+convnext_base = partial(ConvNeXt, depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
+convnext_large = partial(ConvNeXt, depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))
+convnext_xlarge = partial(ConvNeXt, depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048))

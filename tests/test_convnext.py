@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from convnext_min import convnext as package
 from convnext_min import paper
@@ -205,11 +206,44 @@ def test_sizes(height, width):
         assert model(torch.randn(1, 3, height, width)).shape == (1, 5)
 
 
+def test_without_classes_the_output_is_the_features():
+    model = ConvNeXt(**{**SMALL, "num_classes": 0}).eval()
+    assert not [key for key in model.state_dict() if key.startswith("head")]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model(images), model.forward_features(images))
+        assert model(images).shape == (2, 32)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"layer_scale_init_value": 0}, {"num_classes": 0}], ids=str)
+def test_torchscript_computes_the_same(options):
+    model = randomize(ConvNeXt(**{**SMALL, **options}, drop_path_rate=0.9))
+    scripted, images = torch.jit.script(model), torch.randn(4, 3, 64, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(scripted(images), model(images))
+        assert not torch.equal(scripted.train()(images), model(images)), "stochastic depth is on in training mode"
+
+
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained")  # stochastic depth: two graphs
+def test_torchvision_extracts_the_stages_with_stochastic_depth():
+    model = randomize(ConvNeXt(**SMALL, drop_path_rate=0.9))
+    stages = create_feature_extractor(model, {f"stages.{i}": f"{i}" for i in range(4)})
+    images = torch.randn(4, 3, 64, 32)
+    evaluated, trained = stages.eval()(images), stages.train()(images)
+    for i, (channels, stride) in enumerate(zip((8, 16, 24, 32), (4, 8, 16, 32))):
+        assert evaluated[f"{i}"].shape == trained[f"{i}"].shape == (4, channels, 64 // stride, 32 // stride)
+    torch.testing.assert_close(model.norm(evaluated["3"].mean([-2, -1])), model.forward_features(images))
+    assert not torch.equal(evaluated["3"], trained["3"])
+
+
 def test_other_input_channels():
     assert ConvNeXt(**SMALL, in_chans=5)(torch.randn(1, 5, 32, 32)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("wrong", [{"depths": (1, 1, 1)}, {"dims": (8, 0, 8, 8)}, {"num_classes": 0}, {"in_chans": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"depths": (1, 1, 1)}, {"dims": (8, 0, 8, 8)}, {"num_classes": -1}, {"in_chans": -1}]
+)
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ConvNeXt(**{**SMALL, **wrong})
