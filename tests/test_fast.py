@@ -153,7 +153,7 @@ def test_without_a_compiler_it_says_so_once_and_computes_the_same(no_compiler, r
     fast.accelerate(model)
     assert_same(gradients(model, x), right, 1e-4)
     gradients(model, x)
-    said = [warning for warning in recwarn if "fast.cpp was not compiled" in str(warning.message)]
+    said = [warning for warning in recwarn if "kernels.cpp was not compiled" in str(warning.message)]
     assert len(said) == 1 and "no-such-compiler" in str(said[0].message)
 
 

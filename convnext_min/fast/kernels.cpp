@@ -1,5 +1,5 @@
 // What a ConvNeXt block computes around its two matrix products, each in one pass over the memory. Compiled by
-// compiled.py, with -DT=float, or for autocast with -DT=bf16: T is what the matrix products read and write; the rest is
+// kernels.py, with -DT=float, or for autocast with -DT=bf16: T is what the matrix products read and write; the rest is
 // float.
 // Arrays are channels-last: rows are pixels, columns the C channels. Sums over rows come in `parts`, each of which one
 // thread fills, and are added by the caller, so that results do not depend on the number of threads.

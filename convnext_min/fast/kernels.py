@@ -1,4 +1,4 @@
-"""The loops of fast.cpp: compiled when they are first needed, called with tensors, and when they can be."""
+"""Compile the loops of kernels.cpp when they are first needed, and call them with tensors."""
 
 import ctypes
 import functools
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of the matrix products: their names in fast.cpp
-PARTS = 32  # of a sum over rows: see fast.cpp
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # types of the matrix products: their names in kernels.cpp
+PARTS = 32  # partial sums over rows: see kernels.cpp
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of fast.cpp for matrix products in `dtype`, compiled in a second or two; None, and a warning once,
-    without a C++ compiler. CXX names the compiler, "c++" if it is not set.
+    """Return the functions of kernels.cpp for matrix products in `dtype`, compiled in a second or two by CXX or "c++".
 
-    Each process compiles for itself, so that processes cannot disturb each other, nor machines that share a home.
+    Without a C++ compiler warn once and return None. Each process compiles for itself, so that neither processes nor
+    machines that share a home disturb each other.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(__file__).with_name("kernels.cpp"), Path(folder, "fast.so")
@@ -31,12 +31,12 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
             return ctypes.CDLL(str(library))
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or error
-            warnings.warn(f"training will be slower: fast.cpp was not compiled ({reason})", stacklevel=2)
+            warnings.warn(f"training will be slower: kernels.cpp was not compiled ({reason})", stacklevel=2)
             return None
 
 
 def run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
-    """Call a function of fast.cpp on contiguous arrays: the `data_ptr` of tensors, integers, and floats."""
+    """Call the function `name` of kernels.cpp with contiguous tensors, as pointers, and with integers and floats."""
 
     def convert(value):
         if isinstance(value, Tensor):
@@ -46,13 +46,13 @@ def run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
     getattr(kernels(dtype), name)(*map(convert, values))
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products under `x` compute in."""
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which matrix products of `x` are computed."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def able(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
-    """Whether fast.cpp can and should compute: plain tensors of known types on a CPU, nothing traced."""
+    """Return whether kernels.cpp can compute: plain tensors of known types on a CPU, and nothing is traced."""
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
         and all(t.dtype == torch.float32 for t in weights)

@@ -1,6 +1,6 @@
-"""Layers that train faster on a CPU than PyTorch's, with the same parameters: what `fast.accelerate` puts in.
+"""Depthwise and patchify convolutions and GELU that train faster on a CPU than PyTorch's, with the same parameters.
 
-Each is a class of PyTorch with another `forward`, which computes as before where it cannot do better.
+Each subclasses PyTorch's layer and calls its `forward` where there is nothing to gain.
 """
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from convnext_min.fast.kernels import able, autocast_dtype, kernels, run
+from convnext_min.fast.kernels import able, kernels, matmul_dtype, run
 
 
 class DepthwiseConv(Function):
-    """`F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), and fast gradients."""
+    """Compute `F.conv2d` with groups = channels, x (N, C, H, W) and weight (C, 1, K, L), with fast gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
@@ -36,23 +36,23 @@ class DepthwiseConv(Function):
 
 
 def depthwise_input_grad(grad: Tensor, weight: Tensor, shape, stride, padding) -> Tensor:
-    """The gradient of the input, (N, C, H, W): with stride 1 a depthwise convolution with the kernel turned around."""
+    """Return the input's gradient (N, C, H, W): with stride 1 a depthwise convolution with the kernel turned around."""
     chans, (height, width), kernel = shape[1], shape[2:], weight.shape[2:]
     if stride == (1, 1) and padding[0] < kernel[0] and padding[1] < kernel[1]:
         full = [k - 1 - p for k, p in zip(kernel, padding)]
         return F.conv2d(grad, weight.flip(2, 3), padding=full, groups=chans)
-    # With a stride, rows at the end may have been passed over: `output_padding` says how many.
+    # With a stride, the last rows may not have been used: `output_padding` is their number.
     rest = [(n + 2 * p - k) % s for n, p, k, s in zip((height, width), padding, kernel, stride)]
     return F.conv_transpose2d(grad, weight, None, stride, padding, rest, groups=chans)
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Tensor:
-    """The gradient of the weight, (C, 1, K, L), as a convolution of the input with the output's gradient.
+    """Return the weight's gradient (C, 1, K, L), as a convolution of the input with the output's gradient.
 
     dw[c, k] = sum over n and o of grad[n, c, o] * x[n, c, o * stride + k - padding] is, for each n and c, a plain
     convolution of one image with one (large) filter; the stride of the forward pass has become a dilation. So the
-    batch is one image of N * C channels and the gradient its N * C filters, and what is left is a sum over n. With
-    stride 1 there is a loop in fast.cpp, which needs no copy in another layout.
+    batch is one image of N * C channels and the gradient its N * C filters, followed by a sum over n. For stride 1
+    kernels.cpp has a loop that needs no copy in another layout.
     """
     (n, c, h, w), (k, across), parts = x.shape, shape[2:], 4
     same = k == across and k in (3, 5, 7, 9, 11) and padding == (k // 2, k // 2) and stride == (1, 1)
@@ -68,9 +68,9 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Te
 
 
 class FastDepthwise(nn.Conv2d):
-    """A depthwise `nn.Conv2d` that trains through `DepthwiseConv` on a CPU, in float32 also under autocast.
+    """Compute a depthwise `nn.Conv2d` in training on a CPU by `DepthwiseConv`, in float32 also under autocast.
 
-    Under bfloat16 autocast PyTorch's depthwise kernels gain nothing on the way forward and lose on the way back.
+    Under bfloat16 autocast PyTorch's depthwise kernels are no faster in the forward pass and slower in the backward.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,29 +82,29 @@ class FastDepthwise(nn.Conv2d):
 
 
 class FastPatchify(nn.Conv2d):
-    """A convolution whose patches do not overlap, as the matrix product that it is."""
+    """Compute a convolution whose patches do not overlap as a matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = autocast_dtype(x)
+        dtype = matmul_dtype(x)
         training = torch.is_grad_enabled()
         if not (training and able(dtype, x, self.weight, self.bias)) or x.shape[1] != self.in_channels:
             return super().forward(x)
         down, across = self.kernel_size
         rows, columns = x.shape[2] // down, x.shape[3] // across
         if rows == 0 or columns == 0:
-            return super().forward(x)  # which says what is wrong
-        x = x[..., : rows * down, : columns * across].to(dtype)  # what does not fill a patch is left out, as always
+            return super().forward(x)  # raises PyTorch's own error
+        x = x[..., : rows * down, : columns * across].to(dtype)  # the rest fills no patch and is left out
         x = x.permute(0, 2, 3, 1).unflatten(1, (rows, down)).unflatten(3, (columns, across)).transpose(2, 3).flatten(3)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether its values lie one after the other, in whatever order."""
+    """Return whether the values of `x` fill its memory without gaps, in NCHW or NHWC order."""
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 class GELUFunction(Function):
-    """GELU, which keeps its derivative instead of its input."""
+    """Compute GELU and keep its derivative for the backward pass instead of its input."""
 
     @staticmethod
     def forward(ctx, x):
@@ -120,7 +120,7 @@ class GELUFunction(Function):
 
 
 class FastGELU(nn.GELU):
-    """GELU that trains through `GELUFunction`."""
+    """Compute `nn.GELU` in training by `GELUFunction`."""
 
     def forward(self, x: Tensor) -> Tensor:
         plain = self.approximate != "none" or not torch.is_grad_enabled()
@@ -129,7 +129,7 @@ class FastGELU(nn.GELU):
 
 
 def is_patchify(module: nn.Module) -> bool:
-    """Whether `FastPatchify` computes the same; a 1x1 convolution is better left to PyTorch."""
+    """Return whether `FastPatchify` computes the same as `module`; PyTorch is better at 1x1 convolutions."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == module.stride != (1, 1)
@@ -141,7 +141,7 @@ def is_patchify(module: nn.Module) -> bool:
 
 
 def is_plain_depthwise(module: nn.Module) -> bool:
-    """Whether `FastDepthwise` computes the same."""
+    """Return whether `FastDepthwise` computes the same as `module`."""
     return (
         type(module) is nn.Conv2d
         and module.groups == module.in_channels == module.out_channels
