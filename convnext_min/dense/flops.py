@@ -1,0 +1,121 @@
+"""What detection and segmentation cost, beside Tables 3, 4 and 7: `python -m convnext_min.dense.flops`.
+
+The paper's "FLOPs" are multiply-accumulates, counted here as for the road: convolutions and linear layers, on
+PyTorch's meta device. Detectors are counted with 1000 boxes per box head and 100 per mask head, what they keep at most.
+The paper's figures are up to 0.9 G higher: MMDetection's and MMSegmentation's counter adds norms and activations.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnext_min import convnext
+from convnext_min.dense.cascade import cascade_mask_rcnn
+from convnext_min.dense.features import ConvNeXtFeatures
+from convnext_min.dense.mask_rcnn import mask_rcnn
+from convnext_min.dense.upernet import upernet
+from convnext_min.measure import count_parameters
+
+PROPOSALS, DETECTIONS = 1000, 100  # boxes per box head and per mask head
+COCO_CLASSES, ADE20K_CLASSES = 80, 150
+
+
+class Published(NamedTuple):
+    """A row of Table 3, 4 or 7 with our network: GMACs of one image (width, height); parameters in millions."""
+
+    head: str
+    variant: str
+    size: tuple[int, int]
+    gmacs: float
+    params: float | None  # only Tables 4 and 7 give them
+
+
+TABLES = (
+    Published("mask_rcnn", "tiny", (1280, 800), 262, None),
+    Published("cascade_mask_rcnn", "tiny", (1280, 800), 741, None),
+    Published("cascade_mask_rcnn", "small", (1280, 800), 827, None),
+    Published("cascade_mask_rcnn", "base", (1280, 800), 964, None),
+    Published("cascade_mask_rcnn", "large", (1280, 800), 1354, None),
+    Published("cascade_mask_rcnn", "xlarge", (1280, 800), 1898, None),
+    Published("upernet", "tiny", (2048, 512), 939, 60),
+    Published("upernet", "small", (2048, 512), 1027, 82),
+    Published("upernet", "base", (2048, 512), 1170, 122),
+    Published("upernet", "base", (2560, 640), 1828, 122),
+    Published("upernet", "large", (2560, 640), 2458, 235),
+    Published("upernet", "xlarge", (2560, 640), 3335, 391),
+)
+
+
+def macs(function: Callable, *inputs: object) -> int:
+    """Return the multiply-accumulates of `function(*inputs)` in convolutions and matrix products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def detector_macs(model: nn.Module, width: int, height: int) -> dict[str, int]:
+    """Return the multiply-accumulates of each part of a detector for one image, with a fixed number of boxes."""
+    body, fpn = model.backbone
+    image = torch.empty(1, 3, height, width, device="meta")
+    levels = body(image)
+    pyramid = list(fpn(levels).values())
+    channels = model.backbone.out_channels
+    boxes, masks = (torch.empty(n, channels, s, s, device="meta") for n, s in ((PROPOSALS, 7), (DETECTIONS, 14)))
+    stages = getattr(model.roi_heads, "stages", [model.roi_heads])  # a cascade has several
+    return {
+        "backbone": macs(body, image),
+        "pyramid": macs(fpn, levels),
+        "proposals": macs(model.rpn.head, pyramid),
+        "boxes": sum(macs(nn.Sequential(one.box_head, one.box_predictor), boxes) for one in stages),
+        "masks": sum(macs(nn.Sequential(one.mask_head, one.mask_predictor), masks) for one in stages),
+    }
+
+
+def remove_background(model: nn.Module) -> None:
+    """Remove, in place, the box and the mask of the background: torchvision's heads have them, MMDetection's do not."""
+    for stage in getattr(model.roi_heads, "stages", [model.roi_heads]):
+        boxes, masks = stage.box_predictor.bbox_pred, stage.mask_predictor.mask_fcn_logits
+        stage.box_predictor.bbox_pred = nn.Linear(boxes.in_features, boxes.out_features - 4)
+        stage.mask_predictor.mask_fcn_logits = nn.Conv2d(masks.in_channels, masks.out_channels - 1, 1)
+
+
+def segmenter_macs(model: nn.Module, width: int, height: int) -> dict[str, int]:
+    """Return the multiply-accumulates of each part of a segmentation network for one image, as it is used."""
+    image = torch.empty(1, 3, height, width, device="meta")
+    levels = list(model.features(image).values())
+    return {"backbone": macs(model.features, image), "decoder": macs(model.head, levels)}
+
+
+def cost(head: str, variant: str, width: int, height: int) -> tuple[dict[str, int], int]:
+    """Return the multiply-accumulates of each part of a network of the paper, and its number of parameters."""
+    with torch.device("meta"):
+        features = ConvNeXtFeatures(vars(convnext)[f"convnext_{variant}"]())
+        if head == "upernet":
+            model = upernet(features, ADE20K_CLASSES).eval()
+            return segmenter_macs(model, width, height), count_parameters(model)
+        build = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade_mask_rcnn}[head]
+        model = build(features, COCO_CLASSES).eval()
+        remove_background(model)
+        return detector_macs(model, width, height), count_parameters(model)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the cost of the paper's networks, part by part, beside the paper's numbers."""
+    argparse.ArgumentParser(prog="python -m convnext_min.dense.flops", description=__doc__).parse_args(argv)
+    print(f"{'network':<26} {'image':>9} {'GMACs':>7} {'paper':>6} {'diff':>5} {'params M':>9} {'paper':>6}  parts")
+    for row in TABLES:
+        parts, params = cost(row.head, row.variant, *row.size)
+        gmacs = sum(parts.values()) / 1e9
+        shown = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items())
+        print(
+            f"{row.head + ' ' + row.variant:<26} {row.size[0]:>4}x{row.size[1]:<4} {gmacs:>7.1f} {row.gmacs:>6} "
+            f"{gmacs - row.gmacs:>+5.1f} {params / 1e6:>9.1f} {row.params or '':>6}  {shown}"
+        )
+
+
+if __name__ == "__main__":
+    main()

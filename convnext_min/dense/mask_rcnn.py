@@ -1,0 +1,53 @@
+"""Mask R-CNN (He et al., 2017) from torchvision's parts, configured as MMDetection does for the paper (Table 3)."""
+
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from convnext_min.dense.features import ConvNeXtFeatures, with_fpn
+
+STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+def mask_rcnn(
+    features: ConvNeXtFeatures,
+    num_classes: int,
+    *,
+    channels: int = 256,
+    hidden: int = 1024,
+    anchor_scale: float = 8.0,
+    rois: int = 512,
+    detections: int = 100,
+    min_size: tuple[int, ...] = (800,),
+    max_size: int = 1333,
+) -> MaskRCNN:
+    """Build Mask R-CNN for `num_classes` classes of objects, labelled from 1; 0 is the background.
+
+    The model takes a list of images (3, H, W) in 0..1 and, in training, a list of targets with boxes (n, 4), labels
+    (n,) and masks (n, H, W), and returns a dict of losses; in eval mode a list of dicts with boxes, labels, scores
+    and masks (n, 1, H, W) in 0..1. It normalizes the images and scales their shorter side to one of `min_size`, the
+    last one in eval mode, with the longer side at most `max_size`.
+
+    The pyramid and the convolutions of the heads have `channels` channels, the box head's linear layers `hidden`.
+    Anchors on the level of stride s have an area of (`anchor_scale` s)^2; `rois` are sampled per image in training,
+    `detections` are kept per image.
+    """
+    model = MaskRCNN(
+        with_fpn(features, channels),
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((round(anchor_scale * stride),) for stride in STRIDES), (ASPECT_RATIOS,) * len(STRIDES)
+        ),
+        rpn_post_nms_top_n_train=1000,
+        box_head=TwoMLPHead(channels * 7 * 7, hidden),
+        box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
+        box_batch_size_per_image=rois,
+        box_detections_per_img=detections,
+        mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
+    )
+    model.num_classes = num_classes
+    return model

@@ -1,0 +1,196 @@
+"""Backbone, pyramid and heads of detection and segmentation: shapes, odd targets, and that they learn."""
+
+import pytest
+import torch
+
+from convnext_min import ConvNeXt, build
+from convnext_min.dense.cascade import cascade_mask_rcnn
+from convnext_min.dense.features import ConvNeXtFeatures, with_fpn
+from convnext_min.dense.mask_rcnn import mask_rcnn
+from convnext_min.dense.upernet import FCN, IGNORED, Segmenter, fcn, upernet
+
+SMALL = {"channels": 32, "hidden": 64, "anchor_scale": 2.0, "rois": 64, "min_size": (64,), "max_size": 128}
+DETECTORS = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade_mask_rcnn}
+
+
+def features() -> ConvNeXtFeatures:
+    torch.manual_seed(0)
+    return ConvNeXtFeatures(ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), layer_scale_init_value=1.0))
+
+
+def target(*boxes: tuple[int, int, int, int], size: tuple[int, int] = (64, 64)) -> dict[str, torch.Tensor]:
+    """The annotation of filled boxes, all of class 1."""
+    masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+        mask[y0:y1, x0:x1] = 1
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
+        "labels": torch.ones(len(boxes), dtype=torch.int64),
+        "masks": masks,
+    }
+
+
+def image(annotation: dict[str, torch.Tensor]) -> torch.Tensor:
+    return annotation["masks"].amax(0).expand(3, -1, -1).float() if len(annotation["boxes"]) else torch.zeros(3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["convnext", "resnet50", "layer_norm"])
+def test_levels_have_the_strides_and_shapes_of_a_pyramid(name):
+    network = ConvNeXt(dims=(8, 16, 32, 64)) if name == "convnext" else build(name, width_multiplier=0.125)
+    backbone = ConvNeXtFeatures(network)
+    levels = backbone(torch.zeros(2, 3, 96, 64))
+    assert list(levels) == ["0", "1", "2", "3"]
+    for i, (level, channels) in enumerate(zip(levels.values(), backbone.channels)):
+        assert level.shape == (2, channels, 96 // 2 ** (i + 2), 64 // 2 ** (i + 2))
+    pyramid = with_fpn(backbone, 24)(torch.zeros(2, 3, 128, 64))
+    assert [tuple(level.shape) for level in pyramid.values()] == [
+        (2, 24, 32, 16),
+        (2, 24, 16, 8),
+        (2, 24, 8, 4),
+        (2, 24, 4, 2),
+        (2, 24, 2, 1),
+    ]
+
+
+def test_a_convnext_gets_a_norm_on_each_level_and_keeps_its_weights():
+    torch.manual_seed(0)
+    network = ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128))
+    before = {key: value.clone() for key, value in network.state_dict().items() if not key.startswith(("norm", "head"))}
+    levels = ConvNeXtFeatures(network)(torch.randn(1, 3, 64, 64))
+    for level in levels.values():
+        torch.testing.assert_close(level.mean(1), torch.zeros_like(level.mean(1)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(level.var(1, correction=0).mean(), torch.tensor(1.0), atol=0.05, rtol=0)
+    after = network.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    resnet = ConvNeXtFeatures(build("resnet50", width_multiplier=0.125))
+    assert not list(resnet.norms.parameters())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_training_step_of_a_detector_lowers_its_loss(name):
+    model = DETECTORS[name](features(), 1, **SMALL).train()
+    targets = [target((8, 8, 32, 40))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        torch.manual_seed(1)  # the same boxes are sampled each time
+        loss = sum(model([image(targets[0])], targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "boxes",
+    [[], [(5, 5, 6, 6)], [(8 * i, 8 * j, 8 * i + 6, 8 * j + 6) for i in range(8) for j in range(8)]],
+    ids=["no object", "one pixel", "64 objects"],
+)
+def test_odd_targets_give_finite_losses_and_gradients(name, boxes):
+    model = DETECTORS[name](features(), 1, **SMALL).train()
+    annotation = target(*boxes)
+    losses = model([image(annotation), torch.zeros(3, 64, 64)], [annotation, target()])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_an_object_whose_mask_is_empty_is_no_error(name):
+    annotation = target((8, 8, 32, 40))
+    annotation["masks"].zero_()
+    losses = DETECTORS[name](features(), 1, **SMALL).train()([torch.zeros(3, 64, 64)], [annotation])
+    assert sum(losses.values()).isfinite()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detections_are_in_the_coordinates_of_each_image(name):
+    model = DETECTORS[name](features(), 3, **SMALL).eval()
+    images = [torch.rand(3, 50, 70), torch.rand(3, 97, 61)]  # neither is divisible by 32
+    with torch.no_grad():
+        for heads in getattr(model.roi_heads, "stages", [model.roi_heads]):
+            heads.score_thresh = 0.0
+        results = model(images)
+    for x, result in zip(images, results):
+        n = len(result["boxes"])
+        assert n > 0 and result["masks"].shape == (n, 1, *x.shape[1:])
+        assert set(result["labels"].tolist()) <= {1, 2, 3}
+        assert result["boxes"][:, 2].max() <= x.shape[2] and result["boxes"][:, 3].max() <= x.shape[1]
+        assert result["masks"].min() >= 0 and result["masks"].max() <= 1
+
+
+def test_cascade_scores_are_the_mean_over_its_stages():
+    model = cascade_mask_rcnn(features(), 1, **SMALL).eval()
+    for bias, stage in zip((0.0, 1.0, 2.0), model.roi_heads.stages):
+        for parameter in stage.box_predictor.parameters():
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(stage.box_predictor.cls_score.bias[1:], bias)
+    with torch.no_grad():
+        (result,) = model([torch.rand(3, 64, 64)])
+    mean = torch.tensor([0.0, 1.0, 2.0]).sigmoid().mean()
+    torch.testing.assert_close(result["scores"], mean.expand(len(result["scores"])))
+
+
+def test_each_stage_of_the_cascade_refines_the_boxes_of_the_one_before():
+    model = cascade_mask_rcnn(features(), 1, **SMALL).eval()
+    stages = model.roi_heads.stages
+    for stage in stages:  # every box moves right by a tenth, a twentieth and a thirtieth of its width
+        for parameter in stage.box_predictor.parameters():
+            torch.nn.init.zeros_(parameter)
+        with torch.no_grad():
+            stage.box_predictor.bbox_pred.bias.view(2, 4)[1, 0] = 1.0
+        stage.score_thresh = 0.0
+    proposal = torch.tensor([[8.0, 8.0, 28.0, 28.0]])
+    levels = {str(i): torch.zeros(1, 32, 16 // 2**i, 16 // 2**i) for i in range(4)}
+    with torch.no_grad():
+        ((result,), _) = model.roi_heads(levels, [proposal], [(64, 64)])
+    moved = 20 * (1 / 10 + 1 / 20 + 1 / 30)
+    torch.testing.assert_close(result["boxes"], proposal + torch.tensor([moved, 0.0, moved, 0.0]))
+
+
+@pytest.mark.parametrize("head", [upernet, fcn])
+def test_segmentation_handles_any_size_and_learns(head):
+    model = head(features(), 3, channels=32) if head is upernet else head(features(), 3)
+    labels = torch.zeros(70, 50, dtype=torch.int64)
+    labels[10:40, 10:40] = 2
+    images, targets = [(labels / 2).expand(3, -1, -1)] * 2, [{"labels": labels}] * 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    scores = model.eval()([torch.rand(3, 70, 50), torch.rand(3, 33, 64)])
+    assert [tuple(one.shape) for one in scores] == [(3, 70, 50), (3, 33, 64)]
+
+
+def test_ignored_pixels_count_for_nothing():
+    def loss(labels):
+        torch.manual_seed(0)
+        model = fcn(features(), 2)
+        return model([torch.ones(3, 64, 64)] * 2, [{"labels": labels}] * 2)["loss_segmentation"]
+
+    everywhere = torch.full((64, 64), IGNORED)
+    assert loss(everywhere) == 0
+    half = torch.zeros(64, 64, dtype=torch.int64)
+    half[:, 32:] = IGNORED
+    full = torch.zeros(64, 64, dtype=torch.int64)
+    torch.testing.assert_close(loss(half), loss(full), rtol=0.2, atol=0)
+    flipped = half.clone()
+    flipped[:, :32] = 1
+    assert not torch.isclose(loss(half), loss(flipped))
+
+
+def test_the_auxiliary_head_is_for_training_alone():
+    model = upernet(features(), 2, channels=32)
+    assert isinstance(model, Segmenter) and isinstance(model.auxiliary, FCN)
+    losses = model([torch.rand(3, 64, 64)] * 2, [{"labels": torch.zeros(64, 64, dtype=torch.int64)}] * 2)
+    assert set(losses) == {"loss_segmentation", "loss_auxiliary"}
+    model.eval().auxiliary = None
+    assert model([torch.rand(3, 64, 64)])[0].shape == (2, 64, 64)
