@@ -23,7 +23,7 @@ def test_requirements_hold_every_dependency_with_the_same_range(project):
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = [line for line in lines if line and not line.startswith("#")]
     extras = project["optional-dependencies"]
-    assert sorted(required) == sorted([*project["dependencies"], *extras["book"], *extras["test"]])
+    assert sorted(required) == sorted([*project["dependencies"], *extras["dense"], *extras["book"], *extras["test"]])
 
 
 def test_everything_the_package_imports_is_a_dependency(project):
@@ -35,5 +35,6 @@ def test_everything_the_package_imports_is_a_dependency(project):
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
     others = imported - sys.stdlib_module_names - IN_NOTEBOOKS - {"convnext_min"}
-    declared = {re.split(r"[<>=!~ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    needed = project["dependencies"] + project["optional-dependencies"]["dense"]
+    declared = {re.split(r"[<>=!~ ]", line)[0].replace("-", "_") for line in needed}
     assert {DISTRIBUTIONS.get(name, name) for name in others} <= declared
