@@ -16,7 +16,7 @@ from convnext_min.fast.layers import FastDepthwise, FastGELU, depthwise_input_gr
 class BlockFunction(Function):
     """Compute a ConvNeXt block, x (N, C, H, W) in float32 to the same shape, with matrix products in `dtype`.
 
-    Call `forward` with None as `ctx` to keep nothing for the backward pass. `keep` (N, 1) is the factor by which
+    Call `forward` with None as `ctx` to keep nothing for the backward pass. `keep` (N, 1, 1, 1) is the factor by which
     stochastic depth multiplies each image's branch. The weights of the two linear layers are (4C, C) and (C, 4C);
     `gamma` is (C,). A row below is one pixel of one image. LayerNorm's weight and bias, `scale` and `shift`, are
     folded into the first linear layer: W (scale * x + shift) + b = (W scale) x + (W shift + b).
@@ -85,7 +85,7 @@ class _Fast:
         dtype = matmul_dtype(x)
         if not self._can_fuse(x, dtype):
             return super().forward(x)
-        keep = self.drop_path(torch.ones(len(x), 1))
+        keep = self.drop_path(torch.ones(len(x), 1, 1, 1))
         compute = BlockFunction.apply if torch.is_grad_enabled() else partial(BlockFunction.forward, None)
         return compute(dtype, self.norm.eps, x.float(), *self._weights(), keep)
 
