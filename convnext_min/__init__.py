@@ -15,6 +15,8 @@ from convnext_min.convnext import (
 )
 from convnext_min.roadmap import STEPS, Design, build
 
+__version__ = "0.2.0"
+
 __all__ = [
     "STEPS",
     "Block",

@@ -3,3 +3,7 @@
 `features` has the backbone and the pyramid, `mask_rcnn`, `cascade` and `upernet` the heads, `flops` what they cost at
 the paper's sizes, `datasets` the images, `train` and `predict` the command lines.
 """
+
+from convnext_min.extras import require
+
+require(__name__, "train", "dense")

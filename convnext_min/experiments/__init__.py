@@ -6,6 +6,10 @@ run logged is in curves.csv, what it said of each image in answers.npz. A run th
 has made is taken from there.
 """
 
+from convnext_min.extras import require
+
+require(__name__, "train")
+
 import argparse
 import csv
 import dataclasses
