@@ -16,7 +16,8 @@ BOOTSTRAP = """\
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install --quiet git+{url}@{branch}
+    repository = "{url}"
+    %pip install -q "convnext-min[train,dense] @ git+{{repository}}@{branch}"
 
 from convnext_min.book.budget import budget, budget_name
 

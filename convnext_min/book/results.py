@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from convnext_min import __version__
+
 FOLDER = Path(__file__).parents[2] / "book" / "results"
-ADDRESS = "https://raw.githubusercontent.com/convnext-book/convnext-book/main/book/results"
+ADDRESS = f"https://raw.githubusercontent.com/convnext-book/convnext-book/v{__version__}/book/results"
 
 
 def content(name: str) -> bytes:
