@@ -8,16 +8,23 @@ BOOK := _build/html/index.html
 
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 
-.PHONY: help install train book test notebooks results figures clean
+LOWEST := .venv-lowest
+LOWEST_PYTHON ?= python3.10
+
+.PHONY: help install train book test test-lowest notebooks results figures address version release clean
 
 help:
-	@echo "make book   render the book into $(BOOK)"
-	@echo "make train  train a small ConvNeXt for three minutes and show what it learned"
-	@echo "make test   style, unit tests, notebooks, book, and checks on the built pages"
-	@echo "make notebooks  run the notebooks at the quick budget and keep what they print (NOTEBOOKS=... for some)"
-	@echo "make results  let the pages say what the files of book/results say now"
-	@echo "make figures  draw the figures of the pages and the README anew"
-	@echo "make clean  remove what was built, and the environment in $(VENV)"
+	@echo "make book         render the book into $(BOOK)"
+	@echo "make train        train a small ConvNeXt for three minutes and show what it learned"
+	@echo "make test         check style, unit tests, notebooks, the book and its pages"
+	@echo "make test-lowest  run the unit tests with the oldest supported versions, in $(LOWEST)"
+	@echo "make notebooks    run the notebooks at the quick budget and keep their outputs (NOTEBOOKS=... for some)"
+	@echo "make results      refresh the results shown in the notebooks and figures from book/results"
+	@echo "make figures      redraw the figures of the pages and the README"
+	@echo "make address URL=https://github.com/you/fork   rewrite the address of the repository everywhere"
+	@echo "make version VERSION=1.2.3                     rewrite the version everywhere"
+	@echo "make release      build the wheel, the source archive and the book into dist, with checksums"
+	@echo "make clean        remove what was built, and the environments $(VENV) and $(LOWEST)"
 
 install: $(INSTALLED)
 
@@ -25,7 +32,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f'Python 3.10 or newer is needed, this is {v.major}.{v.minor}: make PYTHON=python3.12')"
 	@echo "Installing into $(VENV), once; PyTorch is the largest part of the download."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -r requirements.txt -e .
+	$(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -r requirements.txt
 	@touch $@
 
 train: $(INSTALLED)
@@ -45,6 +52,15 @@ test: $(INSTALLED)
 	$(MAKE) book
 	$(BIN)/python -m pytest -q tests/test_book.py
 
+test-lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 --ignore=tests/test_book.py
+
+$(LOWEST)/installed: requirements.txt pyproject.toml
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -r requirements.txt
+	@touch $@
+
 notebooks: $(INSTALLED)
 	$(BIN)/python book/execute.py $(NOTEBOOKS)
 
@@ -55,5 +71,15 @@ results: $(INSTALLED)
 figures: $(INSTALLED)
 	$(BIN)/python book/figures/draw.py
 
+address: $(INSTALLED)
+	$(BIN)/python book/address.py --url "$(URL)"
+
+version: $(INSTALLED)
+	$(BIN)/python book/address.py --version "$(VERSION)"
+
+release: book
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet build
+	$(BIN)/python book/release.py
+
 clean:
-	rm -rf $(VENV) _build build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) _build build dist *.egg-info .pytest_cache .ruff_cache
