@@ -1,5 +1,28 @@
 """Tests compute on the CPU, also where there is a GPU: some compare results bit for bit."""
 
 import os
+import shutil
+
+import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from image_folders import WNIDS, write_images
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory):
+    """A folder with 20 images for training and 11 for validation, not to be changed."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root)
+    return root
+
+
+@pytest.fixture
+def damaged_root(image_root, tmp_path):
+    """A copy of `image_root` in which one training and one validation image are truncated."""
+    shutil.copytree(image_root, tmp_path, dirs_exist_ok=True)
+    for split in ("train", "val"):
+        path = tmp_path / split / WNIDS[0] / "3.png"
+        path.write_bytes(path.read_bytes()[:-40])
+    return tmp_path

@@ -13,7 +13,7 @@ from torch import nn
 from convnext_min import blocks, build, convnext
 from convnext_min.book import exercises
 from convnext_min.book.exercises import same
-from convnext_min.data import Batches, offline_sample
+from convnext_min.data import Batches, synthetic_images
 from convnext_min.recipes import Recipe
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -145,7 +145,7 @@ def test_the_solution_of_the_schedule_has_the_papers_values_by_default(capsys):
 
 def test_the_range_test_takes_one_step_at_each_rate():
     range_test = lifted("08_training_on_imagenette")["range_test"]
-    batches = Batches(offline_sample("train", 32, 20), 10, 32, train=True)
+    batches = Batches(synthetic_images("train", 32, 20), 10, 32, train=True)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     before = model[1].weight.detach().clone()
     assert len(range_test(model, batches, [1e-3])) == 1
@@ -170,10 +170,10 @@ def test_what_a_block_adds_is_proportional_to_its_layer_scale():
 
 def test_pictures_are_those_with_the_numbers_and_only_of_the_images_that_were_numbered():
     namespace = lifted("08_training_on_imagenette")
-    sample = offline_sample("val", 32, 20)
+    sample = synthetic_images("val", 32, 20)
     namespace["imagenette"] = lambda split: sample
     fig = namespace["pictures"]([3, 17], sample.labels.numpy())
     assert [ax.get_title() for ax in fig.axes[:2]] == [f"{i}\n{sample.classes[sample.labels[i]]}" for i in (3, 17)]
     assert (fig.axes[1].images[0].get_array() == sample.images[17].permute(1, 2, 0).numpy()).all()
-    with pytest.raises(ValueError, match="not of offline sample"):
+    with pytest.raises(ValueError, match="not of synthetic images"):
         namespace["pictures"]([3], sample.labels.numpy()[:-1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convnext_min import recipes, train
-from convnext_min.data import disk
+from convnext_min.data import check, class_map
 from convnext_min.train.plan import main as plan_main
 from convnext_min.train.plan import plan
 
@@ -17,15 +17,16 @@ TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
 
 
 def test_the_page_has_commands_of_every_kind():
-    assert len(TRAINING) >= 7 and any("convnext_min.data.disk check" in line for line in COMMANDS)
+    assert len(TRAINING) >= 7 and any("convnext_min.data.check" in line for line in COMMANDS)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "convnext_min.data.disk " in line])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "convnext_min.data." in line])
 def test_a_command_about_the_images_is_taken(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(disk, "check", lambda *_: [])
-    monkeypatch.setattr(disk, "_class_list", lambda _: ["n01440764"])
-    disk.main(shlex.split(line)[3:])
+    monkeypatch.setattr(check, "check", lambda *_: [])
+    monkeypatch.setattr(class_map, "read_classes", lambda _: ["n01440764"])
+    module, *options = shlex.split(line)[2:]
+    {"check": check, "class_map": class_map}[module.rpartition(".")[2]].main(options)
 
 
 @pytest.mark.parametrize("line", TRAINING)

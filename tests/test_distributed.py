@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from convnext_min import train
-from convnext_min.data import Batches, offline_sample
+from convnext_min.data import Batches, synthetic_images
 from convnext_min.recipes import Recipe
 from convnext_min.train import distributed, engine, records
 from convnext_min.train.engine import Run, Setup
@@ -33,7 +33,7 @@ multiprocessing.set_forkserver_preload(["convnext_min.train", "torch.distributed
 
 @pytest.fixture(scope="module")
 def images():
-    return offline_sample("train", 32, 40)
+    return synthetic_images("train", 32, 40)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def calls(images, setup):
         )
 
     Run._loss = note
-    place = {"rank": distributed.rank(), "world": distributed.world()}
+    place = {"rank": distributed.rank(), "world_size": distributed.world()}
     batches = Batches(images, 8, 32, True, 0, **place)
     run = Run(train.make_model("convnext_atto", RANDOM, 10), "convnext_atto", RANDOM, batches, 0, "cpu", 0.0, setup)
     run.network.register_comm_hook(None, send)
@@ -199,7 +199,7 @@ def with_batch_norm(images, recipe):
 
 
 def evaluated(images, fsdp):
-    place = {"rank": distributed.rank(), "world": distributed.world()}
+    place = {"rank": distributed.rank(), "world_size": distributed.world()}
     torch.manual_seed(1)
     model = train.make_model("convnext_atto", TINY, 10)
     if fsdp:
@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_all_and_leaves_the_batches(images, tmp_
 
 def test_batches_that_cannot_be_divided_are_refused(images):
     with pytest.raises(ValueError, match="a batch of 8 images cannot be divided among 3 processes"):
-        Batches(images, 8, 32, True, world=3)
+        Batches(images, 8, 32, True, world_size=3)
     with pytest.raises(ValueError, match="a batch of 8 images cannot be made up of parts of 3 images"):
         trained(images, setup=Setup(per_device_batch=3))
     with pytest.raises(ValueError, match=r"mixup and cutmix need an even number of images at a time .* got 1"):
@@ -338,7 +338,7 @@ def test_batches_that_cannot_be_divided_are_refused(images):
 
 def test_parts_of_training_batches_make_up_the_whole(images):
     whole = list(Batches(images, 8, 24, True, 5).epoch(1))
-    parts = [list(Batches(images, 8, 24, True, 5, rank=rank, world=4).epoch(1)) for rank in range(4)]
+    parts = [list(Batches(images, 8, 24, True, 5, rank=rank, world_size=4).epoch(1)) for rank in range(4)]
     for k, (x, y) in enumerate(whole):
         assert torch.equal(x, torch.cat([part[k][0] for part in parts]))
         assert torch.equal(y, torch.cat([part[k][1] for part in parts]))

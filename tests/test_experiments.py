@@ -24,7 +24,7 @@ TINY += ("eval_resolution=32", "depths=(1,1,1,1)", "dims=(8,8,8,8)", "evaluate_e
 def root(tmp_path):
     """Drawn images as a folder of files."""
     for split, number in (("train", 40), ("val", 20)):
-        sample = data.offline_sample(split, 32, number)
+        sample = data.synthetic_images(split, 32, number)
         for i, (image, label) in enumerate(zip(sample.images, sample.labels.tolist())):
             path = tmp_path / "data" / split / sample.classes[label] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

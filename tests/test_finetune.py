@@ -8,7 +8,7 @@ from test_train import TINY, equal
 
 from convnext_min import train
 from convnext_min.convnext import ConvNeXt
-from convnext_min.data import ImageSet, offline_sample
+from convnext_min.data import ImageSet, synthetic_images
 from convnext_min.train.pretrained import Start, load_start
 
 SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
@@ -16,7 +16,7 @@ SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 
 @pytest.fixture(scope="module")
 def images():
-    return offline_sample("train", 32, 40)
+    return synthetic_images("train", 32, 40)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from convnext_min import recipes, train
-from convnext_min.data import disk, offline_sample
+from convnext_min.data import disk, synthetic_images
 from convnext_min.recipes import Recipe
 from convnext_min.train import predict
 
@@ -31,7 +31,7 @@ RECIPE = Recipe(
 def trained(tmp_path_factory):
     """A run's checkpoint, its validation images as files, and what the run answered for them."""
     folder = tmp_path_factory.mktemp("run")
-    images = offline_sample("train", 48, 20)
+    images = synthetic_images("train", 48, 20)
     history = train.train("convnext_atto", RECIPE, images, images, folder)
     files = []
     for i, pixels in enumerate(images.images):
@@ -104,7 +104,7 @@ def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
 
 
 def test_a_network_without_a_name_cannot_be_rebuilt(tmp_path):
-    images = offline_sample("train", 32, 10)
+    images = synthetic_images("train", 32, 10)
     model = train.make_model("convnext_atto", RECIPE, 10)
     train.train(model, replace(RECIPE, epochs=1, batch_size=10), images, images, tmp_path)
     with pytest.raises(ValueError, match=r"the network in .*checkpoint.pt cannot be built: .*'ConvNeXt'"):

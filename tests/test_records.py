@@ -14,7 +14,7 @@ import torch
 from test_train import EVERYTHING_RANDOM, TINY, equal, new_run
 
 from convnext_min import environment, train
-from convnext_min.data import offline_sample
+from convnext_min.data import synthetic_images
 from convnext_min.train import records
 from convnext_min.train.engine import Run, Setup
 from convnext_min.train.predict import load_model
@@ -22,7 +22,7 @@ from convnext_min.train.predict import load_model
 
 @pytest.fixture(scope="module")
 def images():
-    return offline_sample("train", 32, 40)
+    return synthetic_images("train", 32, 40)
 
 
 def steps(folder):

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_min import data
 from convnext_min.recipes import INITS, Recipe
 from convnext_min.train import make_model
 
@@ -54,23 +53,6 @@ def test_unknown_values_and_other_models_are_refused(key):
         Recipe(**{key: "conv"})
     with pytest.raises(ValueError, match=f"{key} can be set for convnext_atto.*not for 'timm:resnet18'"):
         make_model("timm:resnet18", Recipe(**{key: {"stem": "overlapping", "init": "fan_in"}[key]}), 10)
-
-
-def test_hold_out_takes_a_tenth_of_each_class_and_leaves_the_others():
-    images = data.offline_sample("train", 32, 107)
-    train, held = data.hold_out(images)
-    assert len(train) + len(held) == 107
-    assert torch.bincount(held.labels, minlength=10).tolist() == [2] * 7 + [1] * 3  # 11 or 10 images a class
-    assert not {t.numpy().tobytes() for t in held.images} & {t.numpy().tobytes() for t in train.images}
-
-
-def test_a_part_has_that_fraction_of_each_class_and_lies_in_larger_parts():
-    images = data.offline_sample("train", 32, 100)
-    parts = [data.part(images, fraction) for fraction in (0.001, 0.2, 0.5, 1.0)]
-    assert [torch.bincount(part.labels).tolist() for part in parts] == [[n] * 10 for n in (1, 2, 5, 10)]
-    contents = [{image.numpy().tobytes() for image in part.images} for part in parts]
-    assert contents[0] < contents[1] < contents[2] < contents[3]
-    assert torch.equal(data.part(images, 0.2).images, parts[1].images)
 
 
 def test_the_road_takes_fan_in_init_too():

@@ -20,7 +20,7 @@ from timm.optim import muon
 from torch import nn
 
 from convnext_min import recipes, train
-from convnext_min.data import Batches, ImageSet, offline_sample
+from convnext_min.data import Batches, ImageSet, synthetic_images
 from convnext_min.fast import FastDepthwise
 from convnext_min.recipes import Recipe
 from convnext_min.train import engine, records
@@ -45,7 +45,7 @@ EVERYTHING_RANDOM = replace(TINY, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=
 
 @pytest.fixture(scope="module")
 def images():
-    return offline_sample("train", 32, 40)
+    return synthetic_images("train", 32, 40)
 
 
 def new_run(recipe, images, seed=0, name="convnext_atto", setup=None):
@@ -274,7 +274,7 @@ def test_another_seed_gives_other_weights(images):
 
 def folder_of_images(root: Path) -> Path:
     for split, number in (("train", 96), ("val", 16)):
-        sample = offline_sample(split, 32, number)
+        sample = synthetic_images(split, 32, number)
         for i, (pixels, label) in enumerate(zip(sample.images, sample.labels)):
             folder = root / split / f"class{label % 2}"
             folder.mkdir(parents=True, exist_ok=True)

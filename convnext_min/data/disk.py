@@ -1,51 +1,61 @@
-"""ImageNet, and whatever is too large for memory: images read from the disk as they are needed, by worker processes.
+"""Read images from the disk while a network trains: ImageNet, and everything else that does not fit into memory.
 
-What a training image looks like depends on the seed, the epoch and its number alone. A run that is resumed, has other
-workers or is spread over other processes sees the same images.
-
-`python -m convnext_min.data.disk check DIR` looks through a folder of images before hours are spent on it.
+An augmented image depends on the seed, the epoch and the image's number alone. So there is no loader state to save, and
+a resumed run, or a run with another number of workers or processes, sees the same images.
 """
 
-import argparse
-import contextlib
 import io
 import itertools
 import os
-import random
-import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_dataset, create_transform
+from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
-from convnext_min.data import BROKEN, WNIDS
+from convnext_min.data.batches import check_split, split_batch
+from convnext_min.data.files import DECODE_ERRORS
+from convnext_min.data.imagenette import WNIDS
+from convnext_min.data.seeding import seeded
 from convnext_min.recipes import Recipe
 
-IMAGENET_1K = {"train": 1_281_167, "val": 50_000}  # images
-CHUNK = 32  # images that a worker hands over at a time: large batches need not fit into every worker
-TRIES = 100  # images in a row that cannot be read before it is not the images' fault
+CHUNK = 32  # images per message from a worker, so that a large batch need not fit into every worker
+TRIES = 100  # unreadable images in a row after which the disk must be at fault
 
 
-# ---- Where the images come from: each source has `classes`, `len()`, `read(i)`, the file's bytes and label, `name(i)`
+# ---- Sources of images
 
 
-class Names:
+class Source(Protocol):
+    """Encoded images with labels, addressed by number."""
+
+    classes: tuple[str, ...]  # readable names; labels index them
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Return the encoded image and its label."""
+
+    def name(self, index: int) -> str:
+        """Return the place of an image, for messages."""
+
+
+class StringArray:
     """Millions of strings in two arrays, which worker processes share; a list would be copied into each of them."""
 
-    def __init__(self, names: Iterable[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    def __init__(self, strings: Iterable[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         self.letters = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self) -> int:
@@ -56,7 +66,10 @@ class Names:
 
 
 class Folder:
-    """All images below root/<class>/, in the order of their paths. Raises FileNotFoundError where there are none."""
+    """All images below root/<class>/, in the order of their paths.
+
+    Raises FileNotFoundError for a missing folder, no class folders, or a class without images.
+    """
 
     def __init__(self, root: Path | str):
         self.root = Path(root).expanduser().resolve()
@@ -83,26 +96,30 @@ class Folder:
             labels += [label] * len(found)
         self.folders = tuple(folders)
         self.classes = tuple(WNIDS.get(folder, folder) for folder in folders)
-        self.labels, self.paths = np.array(labels), Names(paths)
+        self.labels, self.paths = np.array(labels), StringArray(paths)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
+        """Return the path of an image."""
         return str(self.root / self.paths[index])
 
     def read(self, index: int) -> tuple[bytes, int]:
+        """Return the encoded image and its label."""
         return Path(self.name(index)).read_bytes(), int(self.labels[index])
 
 
 class Shards:
-    """The samples in tar files as WebDataset writes them: <key>.jpg (.jpeg, .png, .webp) beside <key>.cls, its label.
+    """The samples in tar files of WebDataset's format: <key>.jpg (.jpeg, .png, .webp) beside <key>.cls, its label.
 
-    The tars are all in root/train or root/val, or those in `root` whose names contain "train" or "val". Each is looked
-    through once; then images are read from their places, in any order. (timm's reader streams them: what comes next
-    then depends on the workers, and an evaluation by several processes can repeat or miss images.) Classes have the
-    names in root/classes.txt, one a line, if there is such a file, otherwise numbers. Raises FileNotFoundError if there
-    is no tar or no image, ValueError for an image without label and for a tar that is cut off.
+    The tar files are those in root/train or root/val, or those in `root` with "train" or "val" in their names. Each is
+    scanned once; then images are read by their offsets, in any order. (timm's reader streams the tars instead: the
+    order then depends on the workers, and an evaluation by several processes can repeat or miss images.) The class
+    names are the lines of root/classes.txt if that file exists, otherwise numbers.
+
+    Raises FileNotFoundError if there is no tar file or no image, ValueError for an image without a label and for a
+    truncated tar file.
     """
 
     def __init__(self, root: Path | str, split: str):
@@ -133,7 +150,7 @@ class Shards:
             labels += [classes[key] for key in images]
         if not keys:
             raise FileNotFoundError(f"no images in the {len(tars)} tar files of {split!r} in {self.root}")
-        self.keys, self.labels, self.places = Names(keys), np.array(labels), np.array(places, dtype=np.int64)
+        self.keys, self.labels, self.places = StringArray(keys), np.array(labels), np.array(places, dtype=np.int64)
         names = self.root / "classes.txt"
         self.classes = tuple(names.read_text().split("\n") if names.exists() else map(str, range(max(labels) + 1)))
         self.classes = tuple(filter(None, self.classes))
@@ -142,9 +159,11 @@ class Shards:
         return len(self.labels)
 
     def name(self, index: int) -> str:
+        """Return the tar file and the key of an image."""
         return f"{self.tars[self.places[index, 0]]}: {self.keys[index]}"
 
     def read(self, index: int) -> tuple[bytes, int]:
+        """Return the encoded image and its label."""
         tar, offset, size = self.places[index].tolist()
         with open(self.tars[tar], "rb") as file:
             file.seek(offset)
@@ -152,7 +171,10 @@ class Shards:
 
 
 class HuggingFace:
-    """A dataset of the Hugging Face hub, or a folder in its format. Raises ValueError if `datasets` is missing."""
+    """A dataset of the Hugging Face hub, or a folder in its format.
+
+    Raises ValueError if the package `datasets` is missing.
+    """
 
     def __init__(self, dataset: str, split: str):
         try:
@@ -166,36 +188,40 @@ class HuggingFace:
         return len(self.reader)
 
     def name(self, index: int) -> str:
+        """Return the dataset and the number of an image."""
         return f"{self.dataset} {index}"
 
     def read(self, index: int) -> tuple[bytes, int]:
+        """Return the encoded image and its label."""
         file, label = self.reader[index]
         with file:
             return file.read(), label
 
 
-class Part:
+class Subset:
     """The images of a source with the given numbers."""
 
-    def __init__(self, source: Folder | Shards | HuggingFace, indices: np.ndarray):
+    def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.classes = source, indices, source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def name(self, index: int) -> str:
+        """Return the place of an image."""
         return self.source.name(int(self.indices[index]))
 
     def read(self, index: int) -> tuple[bytes, int]:
+        """Return the encoded image and its label."""
         return self.source.read(int(self.indices[index]))
 
 
-Source = Folder | Shards | HuggingFace | Part
-
-
 def open_source(source: Path | str, split: str) -> Source:
-    """The images of `split`, "train" or "val": of a folder with train/<class>/ and val/<class>/, of tar shards
-    (wds/<folder>) or of a Hugging Face dataset (hfds/<name>). Raises FileNotFoundError or ValueError, naming it."""
+    """Return the images of `split`, "train" or "val", of a data set.
+
+    `source` is a folder with train/<class>/ and val/<class>/, wds/<folder> for tar shards, or hfds/<name> for a Hugging
+    Face dataset. Raises FileNotFoundError or ValueError, naming it.
+    """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     kind, _, rest = str(source).partition("/")
@@ -210,16 +236,16 @@ def open_source(source: Path | str, split: str) -> Source:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """The image with so many bits of each channel. At its largest strength timm keeps none, which gives a black image;
-    newer versions of Pillow refuse to."""
+    """Keep `bits` bits per channel; at full strength timm asks for 0 bits (black), which Pillow now refuses."""
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.Image], Tensor]:
-    """From an image to a normalized tensor (3, resolution, resolution), by timm, as the released code does.
+    """Return the function from an image to a normalized tensor (3, resolution, resolution), built by timm.
 
-    In training: a random part of the image, flipped half of the time, RandAugment, random erasing with noise. In
-    evaluation: the central crop of the image; with eval_crop=1 the whole of it, squeezed into a square.
+    In training: a random resized crop, a flip with probability 1/2, RandAugment, random erasing with noise. In
+    evaluation: the centre crop; with eval_crop=1 the whole image, squeezed into a square. The released code does the
+    same.
     """
     if train:
         made = create_transform(
@@ -241,68 +267,55 @@ def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.I
     return create_transform(resolution, crop_pct=recipe.eval_crop, crop_mode=crop_mode, interpolation="bicubic")
 
 
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Inside, what Python's, NumPy's and PyTorch's generators draw follows from `key`; then they go on as before."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
-
-
 def decode(source: Source, index: int) -> tuple[Image.Image, int]:
-    """Image `index` of a source in RGB, and its label. Raises one of BROKEN if it cannot be read."""
+    """Return image `index` of a source in RGB, and its label. Raises one of DECODE_ERRORS if it cannot be read."""
     content, label = source.read(index)
     with Image.open(io.BytesIO(content)) as image:
         return image.convert("RGB"), label
 
 
-class Samples(Dataset):
-    """What the workers do: from numbers of images to x (n, 3, R, R), labels and the names of those that are broken."""
+class ChunkDataset(Dataset):
+    """The work of a worker: decode and transform the images with the given numbers.
+
+    An item is (x float32 (n, 3, R, R), labels, names of the images that could not be read).
+    """
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], train: bool, seed: int, epoch: int):
         self.source, self.transform, self.train, self.key = source, transform, train, (seed, epoch)
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
-        images, labels, broken = [], [], []
+        images, labels, damaged = [], [], []
         for index in map(int, indices):
-            if (found := self._readable(index, broken)) is not None:
+            if (found := self._read(index, damaged)) is not None:
                 with seeded(*self.key, index):
                     images.append(self.transform(found[0]))
                 labels.append(found[1])
-        return torch.stack(images) if images else torch.empty(0), labels, broken
+        return torch.stack(images) if images else torch.empty(0), labels, damaged
 
-    def _readable(self, index: int, broken: list[str]) -> tuple[Image.Image, int] | None:
-        """Image `index`; if it is broken, in training another that its number decides, in evaluation None."""
+    def _read(self, index: int, damaged: list[str]) -> tuple[Image.Image, int] | None:
+        """Return image `index`. If it cannot be read: in training a random other image, in evaluation None."""
         others = np.random.default_rng((*self.key, index))
         for _ in range(TRIES if self.train else 1):
             try:
                 return decode(self.source, index)
-            except BROKEN:
-                broken.append(self.source.name(index))
+            except DECODE_ERRORS:
+                damaged.append(self.source.name(index))
                 index = int(others.integers(len(self.source)))
         if self.train:
-            raise OSError(f"{TRIES} images in a row cannot be read, the last of them {broken[-1]}")
+            raise OSError(f"{TRIES} images in a row cannot be read, the last one is {damaged[-1]}")
         return None
 
 
-def _begin_worker(number: int) -> None:
-    # Ctrl-C, and Slurm, signal a whole process group. The process in charge then finishes its step and saves, for which
-    # it needs its workers, so they get a group of their own; it ends them itself.
+def _start_worker(number: int) -> None:
+    # Ctrl-C and Slurm signal a whole process group. The main process then finishes its iteration and saves, for which
+    # it needs its workers. So the workers get a group of their own; the main process ends them.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    warnings.filterwarnings("ignore", "Corrupt EXIF", UserWarning)  # of no use here, and frequent in ImageNet
+    warnings.filterwarnings("ignore", "Corrupt EXIF", UserWarning)  # frequent in ImageNet, and harmless here
 
 
-def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same, the next one made ready in a thread meanwhile."""
+def _prefetch(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the same batches, while a thread prepares the next one."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
         while (batch := coming.result()) is not None:
@@ -311,36 +324,37 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class Loader:
-    """Batches like those of `data.Batches`, read from the disk; `loader` makes one.
+    """Batches in the form of `data.Batches`, read from the disk by worker processes; built by `loader`.
 
-    `batch_size` counts the images of all processes, and so does `len()`: each yields its own part of every batch. In
-    training, images that cannot be read are replaced by others, in evaluation left out. Each is named once, and kept in
-    `skipped`. `resolution` may be set between epochs.
+    `batch_size` and `len()` count the images of all processes; each process yields its own share of every batch. Images
+    that cannot be read are replaced by others in training and left out of evaluation. Each is named once, and listed in
+    `skipped`. `resolution` may be set between epochs. Raises ValueError for a rank that does not exist and for a
+    training batch that is larger than the data or cannot be shared equally.
     """
 
-    erases = True  # random erasing is done here, image by image
+    erases = True  # the transform applies random erasing image by image
 
     def __init__(
         self,
-        source: Source,
+        dataset: Source,
         description: str,
         recipe: Recipe,
         train: bool,
         seed: int,
         rank: int,
-        world: int,
+        world_size: int,
         workers: int,
         batch_size: int,
     ):
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be at least 0 and below the number of processes, got {rank} of {world}")
-        if train and batch_size % world:
-            raise ValueError(f"{world} processes cannot share a batch of {batch_size}: set batch_size to a multiple")
-        if train and batch_size > len(source):
-            raise ValueError(f"a batch of {batch_size} is more than the {len(source)} images: set batch_size to less")
-        self._source, self.source, self.classes, self.images = source, description, source.classes, len(source)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be at least 0 and below the number of processes, got {rank} of {world_size}")
+        if train:
+            check_split(batch_size, world_size)
+        if train and batch_size > len(dataset):
+            raise ValueError(f"a batch of {batch_size} is more than the {len(dataset)} images: set batch_size to less")
+        self.dataset, self.source, self.classes, self.images = dataset, description, dataset.classes, len(dataset)
         self.recipe, self.train, self.seed, self.batch_size = recipe, train, seed, batch_size
-        self.rank, self.world, self.workers = rank, world, workers
+        self.rank, self.world_size, self.workers = rank, world_size, workers
         self.resolution = recipe.resolution if train else recipe.eval_resolution
         self.skipped: list[str] = []
 
@@ -348,41 +362,39 @@ class Loader:
         return self.images // self.batch_size if self.train else -(-self.images // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the batches of an epoch, from batch `start` on: x float32 (n, 3, R, R), y int64 (n,).
+        """Yield this process's share (x float32 (n, 3, R, R), y int64 (n,)) of each batch of an epoch, from `start` on.
 
-        In training n is batch_size / world. In evaluation all parts together are every image once, but for those that
-        cannot be read; they differ in size, and may be empty, so that all processes count the same batches.
+        In training n is batch_size / world_size. In evaluation the shares of all processes hold each image once, except
+        the unreadable ones. These shares differ in size and may be empty, so that all processes count the same batches.
         """
         order = np.arange(self.images)
         if self.train:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        parts = []
+        shares = []
         for k in range(start, len(self)):
             batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-            n = len(batch)
-            part = batch[n * self.rank // self.world : n * (self.rank + 1) // self.world]
-            parts.append([part[i : i + CHUNK] for i in range(0, len(part), CHUNK)])
-        samples = Samples(
-            self._source, transform(self.recipe, self.train, self.resolution), self.train, self.seed, epoch
-        )
+            share = batch[split_batch(len(batch), self.rank, self.world_size)]
+            shares.append([share[i : i + CHUNK] for i in range(0, len(share), CHUNK)])
+        to_tensor = transform(self.recipe, self.train, self.resolution)
         chunks = DataLoader(
-            samples,
-            batch_size=None,  # `samples` takes a list of numbers
-            sampler=[chunk for part in parts for chunk in part],
+            ChunkDataset(self.dataset, to_tensor, self.train, self.seed, epoch),
+            batch_size=None,  # an item is a whole chunk
+            sampler=[chunk for share in shares for chunk in share],
             num_workers=self.workers,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # not the global one, from which the training step draws
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # not the global one, from which the trainer draws
         )
-        batches = self._joined(iter(chunks), [len(part) for part in parts])
-        return _ahead(batches) if self.workers else batches
+        batches = self._join(iter(chunks), [len(share) for share in shares])
+        return _prefetch(batches) if self.workers else batches
 
-    def _joined(self, chunks: Iterator[tuple[Tensor, list[int], list[str]]], counts: list[int]) -> Iterator[Any]:
+    def _join(self, chunks: Iterator[tuple[Tensor, list[int], list[str]]], counts: list[int]) -> Iterator[Any]:
+        """Yield batches, joined from the given counts of chunks."""
         for count in counts:
             images, labels = [torch.empty(0, 3, self.resolution, self.resolution)], []
-            for x, y, broken in itertools.islice(chunks, count):
+            for x, y, damaged in itertools.islice(chunks, count):
                 images += [x] if len(x) else []
                 labels += y
-                self._report(broken)
+                self._report(damaged)
             x, y = torch.cat(images), torch.tensor(labels, dtype=torch.int64)
             yield (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
 
@@ -390,8 +402,8 @@ class Loader:
         for name in names:
             if name not in self.skipped:
                 self.skipped.append(name)
-                fate = "another takes its place" if self.train else "left out"
-                tqdm.write(f"image {len(self.skipped)} that cannot be read, {fate}: {name}")
+                outcome = "another takes its place" if self.train else "left out"
+                tqdm.write(f"unreadable image {len(self.skipped)}, {outcome}: {name}")
 
 
 def loader(
@@ -401,137 +413,31 @@ def loader(
     train: bool,
     seed: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int | None = None,
     batch_size: int | None = None,
     holdout: bool = False,
 ) -> Loader:
-    """Batches of `split` of a source (see `open_source`) for process `rank` of `world`.
+    """Return the batches of `split` of a source (see `open_source`) for process `rank` of `world_size`.
 
-    With `holdout`, "val" is every tenth of the training images and "train" the others: to choose settings by, and for
+    With `holdout`, "val" is every tenth training image and "train" the others: to choose settings on, and for
     ImageNet-22K, which has no validation images.
 
-    `batch_size`, of all processes together, is the recipe's in training and 64 for each process in evaluation, if not
-    given; `workers` of this process are the CPU cores divided by the processes on this machine, at most 16. Raises
-    FileNotFoundError for a source that is not there, ValueError for a batch that does not fit processes or data.
+    `batch_size` counts the images of all processes together; by default it is the recipe's in training and 64 per
+    process in evaluation. `workers` are the reading processes of this process; by default the CPU cores divided by the
+    processes on this machine, at most 16.
+
+    Raises FileNotFoundError for a missing source, ValueError for a batch that does not fit the processes or the data.
     """
     images = open_source(source, "train" if holdout else split)
     place = Path(source).name if isinstance(images, Folder) else source
     if holdout:
         numbers = np.arange(len(images))
-        images = Part(images, numbers[(numbers % 10 == 0) == (split == "val")])
+        images = Subset(images, numbers[(numbers % 10 == 0) == (split == "val")])
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     part = f"{split}, held out of train" if holdout else split
     description = f"{place}/{part}: {len(images):,} images read from the disk"
-    batch_size = batch_size or (recipe.batch_size if train else 64 * world)
-    return Loader(images, description, recipe, train, seed, rank, world, workers, batch_size)
-
-
-# ---- Before the hours are spent
-
-
-class Problems(Dataset):
-    """What is wrong with each image of a folder, or None."""
-
-    def __init__(self, folder: Folder):
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, index: int) -> str | None:
-        try:
-            decode(self.folder, index)
-        except BROKEN as error:
-            return f"{self.folder.name(index)}: {str(error) or type(error).__name__}"
-        return None
-
-
-def check(root: Path | str, workers: int = 2, quick: bool = False) -> list[str]:
-    """What is wrong with the folder `root` of images in train/<class>/ and val/<class>/, a line each.
-
-    That the classes of both are the same; if they are ImageNet-1K's, that there are as many classes and images as it
-    has; and, unless `quick`, that every image can be read, by that many `workers`.
-    """
-    found, folders = [], {}
-    for split in ("train", "val"):
-        try:
-            folders[split] = Folder(Path(root) / split)
-        except FileNotFoundError as error:
-            found.append(str(error))
-    classes = {split: set(folder.folders) for split, folder in folders.items()}
-    for split, other in (("train", "val"), ("val", "train")):
-        if len(folders) == 2 and (only := sorted(classes[split] - classes[other])):
-            found.append(f"{len(only)} classes are in {split}/ and not in {other}/: {', '.join(only[:5])}")
-    wnids = set(ImageNetInfo("imagenet-1k").label_names())
-    for split, folder in folders.items():
-        if len(wnids & classes[split]) > len(wnids) / 2:
-            if missing := sorted(wnids - classes[split]):
-                found.append(f"{split}/ lacks {len(missing)} classes of ImageNet-1K: {', '.join(missing[:5])}")
-            if len(folder) != IMAGENET_1K[split]:
-                found.append(f"{split}/ has {len(folder):,} images; ImageNet-1K has {IMAGENET_1K[split]:,}")
-    for split, folder in folders.items() if not quick else ():
-        with tqdm(desc=f"reading {split}", total=len(folder), unit="image", disable=None) as bar:
-            for problems in DataLoader(Problems(folder), batch_size=CHUNK, num_workers=workers, collate_fn=list):
-                found += filter(None, problems)
-                bar.update(len(problems))
-    return found
-
-
-def class_map(source: Sequence[str], target: Sequence[str]) -> list[int]:
-    """For each class of `target` its number in `source`, both lists of WordNet ids such as n01440764.
-
-    With it a network that knows the classes of ImageNet-22K answers with those of ImageNet-1K: logits[:, class_map].
-    Raises ValueError if a class is missing from `source` or is there twice.
-    """
-    numbers = {name: number for number, name in enumerate(source)}
-    if len(numbers) < len(source):
-        raise ValueError(f"{len(source) - len(numbers)} classes are twice in the list of {len(source)}")
-    if missing := [name for name in target if name not in numbers]:
-        raise ValueError(f"{len(missing)} of {len(target)} classes are not in the list of {len(source)}: {missing[:5]}")
-    return [numbers[name] for name in target]
-
-
-def _class_list(path: str) -> list[str]:
-    """The class folders in a folder, in order, or the lines of a text file."""
-    place = Path(path)
-    if place.is_dir():
-        return sorted(entry.name for entry in place.iterdir() if entry.is_dir())
-    return place.read_text().split()
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m convnext_min.data.disk", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    checks = commands.add_parser("check", help="look through a folder with train/<class>/ and val/<class>/")
-    checks.add_argument("folder")
-    checks.add_argument("--workers", type=int, default=os.cpu_count())
-    checks.add_argument("--quick", action="store_true", help="count, without opening the images")
-    maps = commands.add_parser("class-map", help="write the number of each class of TARGET in SOURCE, a line each")
-    maps.add_argument("source", help="a folder of class folders, or a file with a WordNet id a line: ImageNet-22K's")
-    maps.add_argument("target", help="the same: ImageNet-1K's")
-    maps.add_argument("output")
-    args = parser.parse_args(argv)
-    if args.command == "check" and args.workers < 0:
-        parser.error(f"--workers must be 0 or more, got {args.workers}")
-    try:
-        if args.command == "class-map":
-            numbers = class_map(_class_list(args.source), _class_list(args.target))
-            Path(args.output).write_text("".join(f"{number}\n" for number in numbers))
-            print(f"{args.output}: {len(numbers):,} classes")
-            return
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    problems = check(args.folder, args.workers, args.quick)
-    for problem in problems:
-        print(problem)
-    if problems:
-        sys.exit(f"{len(problems)} problems in {args.folder}")
-    print(f"{args.folder} is complete" + (", as far as counting tells" if args.quick else " and can be read"))
-
-
-if __name__ == "__main__":
-    main()
+    batch_size = batch_size or (recipe.batch_size if train else 64 * world_size)
+    return Loader(images, description, recipe, train, seed, rank, world_size, workers, batch_size)

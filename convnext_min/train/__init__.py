@@ -179,11 +179,11 @@ def prepare(
 ) -> tuple[Run, Batches]:
     """The run that `train` would do, at its first step or where `checkpoint` is, and the batches of `val_set`."""
     device = distributed.choose_device(device) if isinstance(device, str | None) else device
-    place = {"rank": distributed.rank(), "world": distributed.world()}
+    place = {"rank": distributed.rank(), "world_size": distributed.world()}
     if isinstance(train_set, ImageSet):
         train_set = Batches(train_set, recipe.batch_size, recipe.resolution, True, seed, recipe.crop_scale, **place)
     if isinstance(val_set, ImageSet):
-        val_set = Batches(val_set, EVAL_BATCH * place["world"], recipe.eval_resolution, train=False, **place)
+        val_set = Batches(val_set, EVAL_BATCH * place["world_size"], recipe.eval_resolution, train=False, **place)
     if train_set.classes != val_set.classes:
         raise ValueError(f"the classes in training are {train_set.classes}, in validation {val_set.classes}")
     torch.manual_seed(seed)
@@ -431,7 +431,7 @@ def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Ba
         train_set, val_set = data.hold_out(train_set)
     else:
         val_set = data.imagenette("val", args.data, recipe.image_size)
-    return data.part(train_set, recipe.fraction), val_set
+    return data.subsample(train_set, recipe.fraction), val_set
 
 
 def run_from(args: argparse.Namespace, device: torch.device) -> None:

@@ -45,7 +45,7 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
         try:
             with Image.open(path) as image:
                 x = disk.transform(recipe, False, recipe.eval_resolution)(image.convert("RGB"))
-        except disk.BROKEN:
+        except data.DECODE_ERRORS:
             return None
         return model(x[None]).softmax(1)[0]
     pixels = data.decode(path, recipe.image_size)  # (S, S, 3)

@@ -1,19 +1,18 @@
-"""Where images come from, what happens to damaged ones, and that batches are what they claim to be."""
+"""Images of Imagenette come from a folder, the cache or a download, and damaged ones are left out by name."""
 
 import functools
 import shutil
+import sys
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision.datasets import Imagenette
 
-from convnext_min import data
-from convnext_min.data import Batches, image_folder, imagenette, offline_sample, random_crops
+from convnext_min.data import image_folder, imagenette
+
+MODULE = sys.modules["convnext_min.data.imagenette"]  # not the function of that name
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +20,8 @@ def alone(monkeypatch, tmp_path):
     """No variable, an empty home, nothing said or looked up before."""
     monkeypatch.delenv("IMAGENETTE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    data._downloaded.cache_clear()
-    data._say.cache_clear()
+    MODULE._download.cache_clear()
+    MODULE._print_once.cache_clear()
 
 
 def write(path, color, mode="RGB", size=(40, 30)):
@@ -37,11 +36,6 @@ def root(tmp_path):
             for i in range(number):
                 write(tmp_path / "data" / split / wnid / f"{i}.JPEG", color)
     return tmp_path / "data"
-
-
-@pytest.fixture(scope="module")
-def images():
-    return offline_sample("train", 32, 60)
 
 
 def test_a_given_folder(root, capsys):
@@ -108,27 +102,27 @@ def archive(root, tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
-        monkeypatch.setattr(Imagenette, "_ARCHIVES", {"160px": (url, None)})
+        monkeypatch.setattr(MODULE, "ARCHIVES", {160: (url, None)})
         yield path
         server.shutdown()
 
 
 def test_a_process_that_downloads_more_slowly_than_another_takes_its_images(archive, monkeypatch, tmp_path):
-    plain = Imagenette.__init__
+    plain = MODULE.download_and_extract_archive
 
-    def download(self, root, *arguments, **options):
-        plain(self, root, *arguments, **options)
+    def download(url, root, md5):
+        plain(url, root, md5=md5)
         name = "imagenette2-160"
         shutil.copytree(f"{root}/{name}", tmp_path / "home" / ".cache" / "convnext_min" / name)
 
-    monkeypatch.setattr(Imagenette, "__init__", download)
+    monkeypatch.setattr(MODULE, "download_and_extract_archive", download)
     assert len(imagenette("train", size=32)) == 6
 
 
 def test_the_download(archive, capsys):
     assert len(imagenette("train", size=32)) == 6
     archive.unlink()
-    data._downloaded.cache_clear()
+    MODULE._download.cache_clear()
     assert len(imagenette("val", size=32)) == 4  # out of the cache now
     assert "from the cache" in capsys.readouterr().out
 
@@ -140,76 +134,10 @@ def test_a_download_that_breaks_off_is_named_and_leaves_nothing(archive, tmp_pat
     assert not list((tmp_path / "home" / ".cache" / "convnext_min").iterdir())
 
 
-def test_without_network_the_sample_stands_in_and_says_so_once(monkeypatch, tmp_path, capsys):
+def test_without_network_synthetic_images_replace_them_and_one_line_says_so(monkeypatch, tmp_path, capsys):
     missing = (tmp_path / "imagenette2-160.tgz").as_uri()
-    monkeypatch.setattr(Imagenette, "_ARCHIVES", {"160px": (missing, None)})
+    monkeypatch.setattr(MODULE, "ARCHIVES", {160: (missing, None)})
     train, val = imagenette("train", size=32), imagenette("val", size=32)
-    assert "offline sample" in train.source and (len(train), len(val)) == (2000, 500)
+    assert "synthetic images" in train.source and (len(train), len(val)) == (2000, 500)
     out = capsys.readouterr().out
     assert out.count("no network") == 1 and "IMAGENETTE_DIR" in out
-
-
-def test_the_sample_is_balanced_deterministic_and_split(images):
-    again, val = offline_sample("train", 32, 60), offline_sample("val", 32, 60)
-    assert torch.equal(images.images, again.images) and images.labels.bincount().tolist() == [6] * 10
-    same = (images.images[:, None] == val.images[None]).flatten(2).all(-1)
-    assert not same.any()
-
-
-def test_pixels_alone_do_not_tell_the_classes_of_the_sample():
-    train, val = offline_sample("train", 32), offline_sample("val", 32)
-    x, test = (s.images.flatten(1).double() / 255 - 0.5 for s in (train, val))
-    targets = torch.nn.functional.one_hot(train.labels).double()
-    weights = torch.linalg.solve(x.T @ x + 100 * torch.eye(x.shape[1]), x.T @ targets)
-    assert (test @ weights).argmax(1).eq(val.labels).double().mean() < 0.6
-
-
-def test_training_batches_follow_from_seed_epoch_and_number(images):
-    def batches(seed, epoch, start=0):
-        return list(Batches(images, 16, 24, True, seed).epoch(epoch, start))
-
-    first, again, late = batches(0, 1), batches(0, 1), batches(0, 1, start=2)
-    torch.manual_seed(5)  # the global generator has no part in it
-    assert len(first) == 3 and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again))
-    assert len(late) == 1 and torch.equal(late[0][0], first[2][0])
-    assert not torch.equal(first[0][0], batches(0, 2)[0][0]) and not torch.equal(first[0][0], batches(1, 1)[0][0])
-    assert first[0][0].shape == (16, 3, 24, 24) and first[0][0].dtype == torch.float32
-
-
-def test_a_set_smaller_than_a_batch_is_one_batch(images):
-    assert [len(y) for _, y in Batches(images, 100, 24, True).epoch(0)] == [60]
-
-
-def test_evaluation_keeps_order_and_every_image(images):
-    batches = Batches(images, 16, 32, False)
-    x, y = (torch.cat(parts) for parts in zip(*batches.epoch(0)))
-    assert len(batches) == 4 and torch.equal(y, images.labels)
-    torch.testing.assert_close(x, data.normalize(images.images))
-    assert next(Batches(images, 16, 48, False).epoch(0))[0].shape == (16, 3, 48, 48)
-
-
-@pytest.mark.parametrize("scale", [(0.1, 0.5), (0.35, 1.0), (1.0, 1.0)])
-def test_crops_have_the_area_and_shape_asked_for(scale):
-    size, n = 200, 2000
-    tops, lefts, heights, widths = random_crops(n, size, scale, np.random.default_rng(0))
-    assert (
-        (tops >= 0).all() and (tops + heights <= size).all() and (lefts >= 0).all() and (lefts + widths <= size).all()
-    )
-    area, ratio = heights * widths / size**2, widths / heights
-    assert scale[0] - 0.02 < area.min() and area.max() < scale[1] + 0.02
-    assert abs(area.mean() - sum(scale) / 2) < 0.02
-    assert ratio.min() > 0.72 and ratio.max() < 1.38 and abs(np.log(ratio).mean()) < 0.02
-
-
-def test_half_of_the_images_are_flipped():
-    ramp = torch.arange(32, dtype=torch.uint8).expand(400, 3, 32, 32).contiguous()
-    image_set = data.ImageSet(ramp, torch.zeros(400, dtype=torch.long), ("ramp",), "ramps")
-    x, _ = next(Batches(image_set, 400, 32, True, scale=(1.0, 1.0)).epoch(0))
-    assert 0.4 < (x[:, 0, 0, 0] > x[:, 0, 0, -1]).double().mean() < 0.6
-
-
-def test_impossible_batches_are_refused(images):
-    with pytest.raises(ValueError, match="batch_size=0"):
-        Batches(images, 0, 32, True)
-    with pytest.raises(ValueError, match=r"\(0.5, 0.2\)"):
-        Batches(images, 8, 32, True, scale=(0.5, 0.2))
