@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 MODULES = {
+    "weights": ("safetensors",),
     "train": ("PIL", "matplotlib", "numpy", "psutil", "tensorboard", "timm", "torchvision", "tqdm"),
     "dense": ("pycocotools", "segmentation_models_pytorch", "torchmetrics"),
     "book": ("scipy",),

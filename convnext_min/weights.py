@@ -1,0 +1,351 @@
+"""Pretrained weights: read the checkpoints of four libraries, convert between them, download the official ones.
+
+    model = convnext_tiny(pretrained="in22k_in1k")  # the official release
+    model = load("pytorch_model.bin")  # a ConvNeXt of any of the four libraries; its sizes come from the file
+    theirs.load_state_dict(convert(model.state_dict(), "timm"))
+
+The four are the official release, timm, torchvision and Hugging Face transformers; a checkpoint is recognized from its
+keys. Only PyTorch is needed, and safetensors for files of that format. No code in a checkpoint is ever run.
+"""
+
+import fnmatch
+import itertools
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnext_min import convnext, isotropic
+from convnext_min.convnext import ConvNeXt
+from convnext_min.download import download
+from convnext_min.extras import require
+from convnext_min.formats import OFFICIAL, State, convert, count_blocks, first_names, to_official
+from convnext_min.isotropic import ConvNeXtIsotropic
+
+logger = logging.getLogger(__name__)
+
+# ---- The official release
+
+OFFICIAL_URL = "https://dl.fbaipublicfiles.com/convnext/"
+PRETRAINED = {  # files by model and tag: what it was trained on, then the resolution if it is not 224
+    "convnext_tiny": {
+        "in1k": "convnext_tiny_1k_224_ema.pth",
+        "in22k": "convnext_tiny_22k_224.pth",
+        "in22k_in1k": "convnext_tiny_22k_1k_224.pth",
+        "in22k_in1k_384": "convnext_tiny_22k_1k_384.pth",
+    },
+    "convnext_small": {
+        "in1k": "convnext_small_1k_224_ema.pth",
+        "in22k": "convnext_small_22k_224.pth",
+        "in22k_in1k": "convnext_small_22k_1k_224.pth",
+        "in22k_in1k_384": "convnext_small_22k_1k_384.pth",
+    },
+    "convnext_base": {
+        "in1k": "convnext_base_1k_224_ema.pth",
+        "in1k_384": "convnext_base_1k_384.pth",
+        "in22k": "convnext_base_22k_224.pth",
+        "in22k_in1k": "convnext_base_22k_1k_224.pth",
+        "in22k_in1k_384": "convnext_base_22k_1k_384.pth",
+    },
+    "convnext_large": {
+        "in1k": "convnext_large_1k_224_ema.pth",
+        "in1k_384": "convnext_large_1k_384.pth",
+        "in22k": "convnext_large_22k_224.pth",
+        "in22k_in1k": "convnext_large_22k_1k_224.pth",
+        "in22k_in1k_384": "convnext_large_22k_1k_384.pth",
+    },
+    "convnext_xlarge": {
+        "in22k": "convnext_xlarge_22k_224.pth",
+        "in22k_in1k": "convnext_xlarge_22k_1k_224_ema.pth",
+        "in22k_in1k_384": "convnext_xlarge_22k_1k_384_ema.pth",
+    },
+    "convnext_isotropic_small": {"in1k": "convnext_iso_small_1k_224_ema.pth"},
+    "convnext_isotropic_base": {"in1k": "convnext_iso_base_1k_224_ema.pth"},
+    "convnext_isotropic_large": {"in1k": "convnext_iso_large_1k_224_ema.pth"},
+}
+VARIANTS = {
+    name: build
+    for module in (convnext, isotropic)
+    for name, build in vars(module).items()
+    if isinstance(build, partial)
+}
+
+
+def list_pretrained(pattern: str = "*") -> list[tuple[str, str]]:
+    """Return (model, tag) of the official weights whose model matches `pattern`, such as "*tiny"."""
+    return [(model, tag) for model, tags in PRETRAINED.items() for tag in tags if fnmatch.fnmatch(model, pattern)]
+
+
+# ---- Reading
+
+
+CONTAINERS = ("weights", "model", "state_dict", "model_state_dict", "module")  # keys that hold the weights
+AVERAGED = ("ema", "model_ema", "state_dict_ema", "model_state_dict_ema")  # the averaged weights beside them
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, dense models
+
+
+def read_state_dict(
+    source: Path | str | Mapping, averaged: bool = False, sha256: str | None = None, progress: bool = True
+) -> State:
+    """Return the weights in a file, at a URL, in a Hugging Face folder or in a loaded checkpoint; see `unwrap`.
+
+    `sha256` and `progress` are those of `download`. Raises as `read_checkpoint`, `unwrap` and `download` do; what
+    was downloaded and cannot be read is deleted from the cache.
+    """
+    if isinstance(source, Mapping):
+        return unwrap(source, averaged)
+    if "://" not in str(source):
+        path = Path(source)
+        return unwrap(read_checkpoint(path / "model.safetensors" if path.is_dir() else path), averaged)
+    path = download(str(source), sha256, progress)
+    try:
+        return unwrap(read_checkpoint(path), averaged)
+    except ValueError:
+        if not str(source).startswith("file:"):
+            path.unlink()  # a page with an error message, for example: download again next time
+        raise
+
+
+def read_checkpoint(path: Path | str) -> Any:
+    """Return what a `.safetensors` or `torch.save` file holds, on the CPU, without running code that is in it.
+
+    Raises FileNotFoundError; ValueError for a file that is damaged, of another kind, or needs code; ImportError for a
+    `.safetensors` file if safetensors is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        require(path.name, "weights")
+        from safetensors.torch import load_file as read
+    else:
+        read = partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        return read(path)
+    except Exception as error:  # of many kinds, depending on where the file is cut off
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or not a file of weights alone ({reason})") from error
+
+
+def unwrap(checkpoint: Any, averaged: bool = False) -> State:
+    """Return the state dict in a checkpoint of a training script, without the prefixes of wrappers.
+
+    The weights may lie under one of `CONTAINERS`, or be the checkpoint itself; `averaged` asks for those under one of
+    `AVERAGED`. A prefix of `PREFIXES` that all keys have is removed. Raises ValueError if there are no such weights.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"a checkpoint holds a dictionary, this one {type(checkpoint).__name__}")
+    keys = AVERAGED if averaged else CONTAINERS
+    state = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping)), None)
+    if state is None and averaged:
+        raise ValueError(
+            f"the checkpoint has no averaged weights under {', '.join(keys)}; it has {first_names(checkpoint)}"
+        )
+    state = dict(checkpoint if state is None else state)
+    state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel counts its updates
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"the checkpoint has no weights under {', '.join(CONTAINERS)}; it has {first_names(checkpoint)}"
+        )
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+# ---- Loading
+
+
+def create(name: str, pretrained: Any = None, averaged: bool = False, **options) -> nn.Module:
+    """Build the model called `name`, one of `VARIANTS`, with new or pretrained weights.
+
+    `pretrained` is a tag of `list_pretrained`, True for "in1k", a file, a URL or a state dict; `averaged` asks for the
+    averaged weights in a checkpoint. `options` are the model's. With `pretrained`, the number of classes and whether
+    there is layer scale follow the weights unless `options` give them. Raises ValueError for an unknown name or tag,
+    and as `read_state_dict` and `load_weights` do.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; valid: {', '.join(VARIANTS)}")
+    if pretrained is None or pretrained is False:
+        return VARIANTS[name](**options)
+    state = to_official(read_state_dict(find(name, pretrained), averaged))
+    model = VARIANTS[name](**{**_settings(state), **options})
+    _report(load_weights(model, state))
+    return model
+
+
+def load(source: Any, averaged: bool = False, **options) -> nn.Module:
+    """Build the network whose weights are in a file, at a URL, in a Hugging Face folder or in a state dict.
+
+    The sizes come from the weights; `options` are added, such as `num_classes=10` or `drop_path_rate=0.1`. Raises as
+    `read_state_dict` and `load_weights` do.
+    """
+    state = to_official(read_state_dict(source, averaged))
+    sizes = infer_sizes(state)
+    model = (ConvNeXtIsotropic if "depth" in sizes else ConvNeXt)(**{**sizes, **_settings(state), **options})
+    _report(load_weights(model, state))
+    return model
+
+
+def load_pretrained(model: nn.Module, source: Any, averaged: bool = False) -> None:
+    """Load the weights that `source` names, as in `create`, into a `ConvNeXt` or `ConvNeXtIsotropic`, in place."""
+    name = variant_name(infer_sizes(model.state_dict()))
+    _report(load_weights(model, to_official(read_state_dict(find(name, source), averaged))))
+
+
+def find(name: str, pretrained: Any) -> Any:
+    """Return the address of the official weights of the model `name` if `pretrained` is a tag, else `pretrained`."""
+    tags = PRETRAINED.get(name, {})
+    tag = "in1k" if pretrained is True else pretrained
+    if isinstance(tag, str) and tag in tags:
+        return OFFICIAL_URL + tags[tag]
+    if pretrained is True or (isinstance(tag, str) and "://" not in tag and not Path(tag).exists()):
+        released = f"released are {', '.join(tags)}" if tags else "none were released"
+        raise ValueError(f"there are no weights {tag!r} of {name}: {released}; an existing file or a URL is valid too")
+    return pretrained
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load `state`, with official keys, into `model` in place; return a line about each tensor that did not fit as is.
+
+    With another number of classes, or no classifier in `state`, the classifier stays as it was built; with another
+    number of input channels the stem is adapted by `adapt_stem`. Raises ValueError, naming the first keys and the
+    model that would fit, for all other differences; `model` is then unchanged.
+    """
+    mine, state, notes = model.state_dict(), dict(state), []
+    stem = "stem.weight" if "stem.weight" in mine else "downsample_layers.0.0.weight"
+    if stem in state and stem in mine and state[stem].shape[1] != mine[stem].shape[1]:
+        notes.append(f"the stem is adapted from {state[stem].shape[1]} to {mine[stem].shape[1]} input channels")
+        state[stem] = adapt_stem(state[stem], mine[stem].shape[1])
+    old, new = (len(weights["head.weight"]) if "head.weight" in weights else 0 for weights in (state, mine))
+    if old != new:
+        if new:
+            notes.append(f"the classifier is new: {new} classes, the weights have {old or 'none'}")
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        state |= {key: value for key, value in mine.items() if key.startswith("head.")}
+    _compare(mine, state)
+    model.load_state_dict(state)
+    return notes
+
+
+def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
+    """Return the stem's convolution (C, in_chans, k, k) for another number of input channels, as timm does.
+
+    For one channel the weights are summed, so that a grey image gives what its three equal channels gave. Otherwise the
+    channels repeat (RGBR for four), multiplied by old / new so that the response keeps its size.
+    """
+    old = weight.shape[1]
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, torch.arange(in_chans) % old] * (old / in_chans)
+
+
+def infer_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the depths and dims, or depth and dim of an isotropic model, of a state dict with official keys."""
+    if "stem.weight" in state:
+        depth = next(b for b in itertools.count() if f"blocks.{b}.dwconv.weight" not in state)
+        return {"depth": depth, "dim": len(state["stem.weight"])}
+    dims = [len(state[key]) for i in range(4) if (key := f"stages.{i}.0.dwconv.weight") in state]
+    return {"depths": count_blocks(state, OFFICIAL), "dims": tuple(dims)}
+
+
+def variant_name(sizes: dict[str, Any]) -> str:
+    """Return the name of the model with these sizes, or how it is built if it has none."""
+    for name, build in VARIANTS.items():
+        if build.keywords == sizes:
+            return name
+    kind = "ConvNeXtIsotropic" if "depth" in sizes else "ConvNeXt"
+    return f"{kind}({', '.join(f'{key}={value}' for key, value in sizes.items())})"
+
+
+def _settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of a model, besides its sizes, that follow from a state dict with official keys."""
+    settings = {"num_classes": len(state["head.weight"]) if "head.weight" in state else 0}
+    if not any(key.endswith(".gamma") for key in state):
+        settings["layer_scale_init_value"] = 0.0
+    elif "stem.weight" in state:  # whose default is to have none
+        settings["layer_scale_init_value"] = 1e-6
+    return settings
+
+
+def _compare(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the weights `state` are not those of a model with the state dict `mine`."""
+    differences = {
+        "lack": [key for key in mine if key not in state],
+        "have besides": [key for key in state if key not in mine],
+        "have in another shape": [
+            f"{key} {tuple(state[key].shape)} for {tuple(mine[key].shape)}"
+            for key in mine
+            if key in state and state[key].shape != mine[key].shape
+        ],
+    }
+    if any(differences.values()):
+        found = "; they ".join(f"{what} {first_names(keys)}" for what, keys in differences.items() if keys)
+        sizes = [f"{variant_name(infer_sizes(weights))}{_without_gamma(weights)}" for weights in (state, mine)]
+        raise ValueError(f"the weights do not fit: they {found}. They are of {sizes[0]}, the model is {sizes[1]}")
+
+
+def _without_gamma(state: Mapping[str, Tensor]) -> str:
+    return "" if any(key.endswith(".gamma") for key in state) else " without layer scale (layer_scale_init_value=0)"
+
+
+def _report(notes: list[str]) -> None:
+    for note in notes:
+        logger.warning(note)
+
+
+# ---- Hugging Face's layout
+
+
+def save_pretrained(model: ConvNeXt, folder: Path | str, labels: list[str] | None = None) -> Path:
+    """Write `config.json` and `model.safetensors` into `folder`, as transformers does, and return its path.
+
+    `load(folder)` reads it, and so does `transformers.ConvNextForImageClassification.from_pretrained`. `labels` are the
+    names of the classes. Raises ValueError for a model without classifier or an isotropic one, which transformers does
+    not have, and for a wrong number of labels; ImportError without safetensors.
+    """
+    state = {key: value.contiguous() for key, value in convert(model.state_dict(), "transformers").items()}
+    if "classifier.weight" not in state:
+        raise ValueError("the model has no classifier; build it with num_classes of at least 1")
+    classes = len(state["classifier.weight"])
+    labels = labels or [f"LABEL_{i}" for i in range(classes)]
+    if len(labels) != classes:
+        raise ValueError(f"there are {len(labels)} labels for {classes} classes")
+    require("save_pretrained", "weights")
+    from safetensors.torch import save_file
+
+    sizes = infer_sizes(model.state_dict())
+    config = {
+        "architectures": ["ConvNextForImageClassification"],
+        "model_type": "convnext",
+        "depths": list(sizes["depths"]),
+        "hidden_sizes": list(sizes["dims"]),
+        "num_channels": state["convnext.embeddings.patch_embeddings.weight"].shape[1],
+        "layer_norm_eps": 1e-6,  # of the last norm; transformers' own default is 1e-12
+        "layer_scale_init_value": 0.0 if _without_gamma(model.state_dict()) else 1e-6,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+convnext_atto = partial(create, "convnext_atto")
+convnext_femto = partial(create, "convnext_femto")
+convnext_pico = partial(create, "convnext_pico")
+convnext_nano = partial(create, "convnext_nano")
+convnext_tiny = partial(create, "convnext_tiny")
+convnext_small = partial(create, "convnext_small")
+convnext_base = partial(create, "convnext_base")
+convnext_large = partial(create, "convnext_large")
+convnext_xlarge = partial(create, "convnext_xlarge")
+convnext_isotropic_small = partial(create, "convnext_isotropic_small")
+convnext_isotropic_base = partial(create, "convnext_isotropic_base")
+convnext_isotropic_large = partial(create, "convnext_isotropic_large")
