@@ -377,16 +377,24 @@ def get(name: str, settings: Iterable[str] = (), model: str | None = None) -> Re
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; valid: {', '.join(RECIPES)}")
-    recipe, types = RECIPES[name], {field.name: field.type for field in fields(Recipe)}
-    changes = {}
+    recipe, changes = RECIPES[name], parse_settings(Recipe, settings)
+    for values in (_values_of_model(name, model, "drop_path" in changes), changes):
+        recipe = replace(recipe, **values)
+    return recipe
+
+
+def parse_settings(kind: type[Recipe], settings: Iterable[str]) -> dict[str, Any]:
+    """Return the values of settings written "key=value", for a recipe of class `kind`.
+
+    Values are Python literals. Raises ValueError, listing what is valid, for an unknown key.
+    """
+    types, changes = {field.name: field.type for field in fields(kind)}, {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in types:
             raise ValueError(f"cannot set {setting!r}: it takes key=value, with a key out of {', '.join(types)}")
         changes[key] = text if types[key] is str else _literal(text)
-    for values in (_values_of_model(name, model, "drop_path" in changes), changes):
-        recipe = replace(recipe, **values)
-    return recipe
+    return changes
 
 
 def _values_of_model(name: str, model: str | None, enough: bool) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""How to train detection and segmentation: the paper's settings for COCO and ADE20K, and small ones for two CPU cores.
+
+The paper gives ranges (appendix A.3); the values per model are those of the released configurations, as are the
+schedules: "3x" is 36 epochs of COCO, and 160,000 iterations of 16 images are 127 epochs of ADE20K.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from convnext_min.recipes import Recipe, parse_settings
+
+FOR_CLASSIFIERS = (  # fields of `Recipe` without a meaning here
+    *("label_smoothing", "mixup", "cutmix", "erasing", "rand_augment", "loader", "fraction", "image_size"),
+    *("resolution", "progressive", "eval_resolution", "eval_crop", "crop_scale"),
+    *("head_init_scale", "schedule", "min_lr"),
+)
+
+
+@dataclass(frozen=True)
+class DenseRecipe(Recipe):
+    """A `Recipe` with what detection and segmentation decide besides; what is for classifiers alone cannot be set."""
+
+    label_smoothing: float = 0.0
+
+    # Learning rate after the warm-up
+    milestones: tuple[float, ...] = ()  # fractions of the run after which it drops to a tenth; (): linear to 0
+
+    # Images
+    min_size: tuple[int, ...] = (800,)  # the shorter side: one of these in training, the last one in evaluation
+    max_size: int = 1333  # the longer side at most, by which the shorter side is reduced
+    resize_and_crop: bool = False  # detection: half of the images are cropped first, as in DETR
+    vertical_flip: bool = False  # besides the horizontal one
+    crop: int = 512  # segmentation: side of a random crop
+    test_scales: tuple[float, ...] = (1.0,)  # segmentation: predictions at these sizes are averaged
+    test_flip: bool = False  # and with those for the mirrored image
+
+    # Heads
+    channels: int = 256  # of the pyramid and the convolutions of the heads; of UperNet's decoder
+    hidden: int = 1024  # of a box head's linear layers
+    anchor_scale: float = 8.0  # side of an anchor over the stride of its level
+    rois: int = 512  # boxes sampled per image in training
+    detections: int = 100  # kept per image
+
+    def __post_init__(self):
+        super().__post_init__()
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in FOR_CLASSIFIERS:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is for classification; here it stays {defaults[name]!r}")
+
+    def lr_at(self, progress: float) -> float:
+        """Return the learning rate at `progress` in [0, 1]: linear from 0 in the warm-up, then steps or linear to 0."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        if self.milestones:
+            return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+        return self.lr * (1 - progress)
+
+
+_PAPER = DenseRecipe(  # what the released configurations share
+    optimizer="adamw",
+    betas=(0.9, 0.999),
+    batch_size=16,
+    base_batch=16,
+    weight_decay=0.05,
+    ema_decay=0.0,
+    layer_scale_init=1.0,
+)
+_COCO = replace(
+    _PAPER,
+    epochs=36,
+    warmup=500 / (36 * 7330),  # 500 iterations
+    milestones=(27 / 36, 33 / 36),
+    base_lr=2e-4,
+    min_size=tuple(range(480, 801, 32)),
+    max_size=1333,
+    resize_and_crop=True,
+)
+_ADE20K = replace(
+    _PAPER,
+    epochs=127,
+    warmup=1500 / 160_000,
+    base_lr=1e-4,
+    layer_decay=0.9,
+    min_size=(*range(256, 1025, 32), 512),  # 0.5 to 2 times 512
+    max_size=4096,
+    crop=512,
+    channels=512,
+    test_scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+    test_flip=True,
+)
+_SMALL = replace(_PAPER, batch_size=4, base_batch=4, base_lr=5e-4, warmup=0.05, drop_path=0.1)
+RECIPES = {
+    "coco": _COCO,
+    "ade20k": _ADE20K,
+    "nuclei": replace(
+        _SMALL,
+        epochs=10,
+        min_size=(224, 256, 288, 256),
+        max_size=512,
+        vertical_flip=True,
+        channels=64,
+        hidden=256,
+        anchor_scale=2.0,
+        rois=128,
+    ),
+    "camvid": replace(
+        _SMALL, epochs=20, batch_size=8, base_batch=8, min_size=(135, 180, 225, 270, 180), crop=160, channels=96
+    ),
+    "shapes": replace(
+        _SMALL, epochs=10, min_size=(96,), max_size=96, crop=96, channels=64, hidden=256, anchor_scale=4.0, rois=64
+    ),
+}
+
+
+def _values(layer_decay: float, base_lr: float, drop_path: float) -> dict[str, Any]:
+    return {"layer_decay": layer_decay, "base_lr": base_lr, "drop_path": drop_path}
+
+
+PER_MODEL = {  # task, head, backbone: values of the released configurations, within the ranges of appendix A.3
+    ("coco", "mask_rcnn", "convnext_tiny"): _values(0.95, 1e-4, 0.4),
+    ("coco", "cascade_mask_rcnn", "convnext_tiny"): _values(0.7, 2e-4, 0.4),
+    ("coco", "cascade_mask_rcnn", "convnext_small"): _values(0.7, 2e-4, 0.6),
+    ("coco", "cascade_mask_rcnn", "convnext_base"): _values(0.8, 2e-4, 0.7),  # from ImageNet-22K: 1e-4 and 0.6
+    ("coco", "cascade_mask_rcnn", "convnext_large"): _values(0.7, 1e-4, 0.7),
+    ("coco", "cascade_mask_rcnn", "convnext_xlarge"): _values(0.7, 1e-4, 0.8),
+    ("ade20k", "upernet", "convnext_tiny"): _values(0.9, 1e-4, 0.4),
+    ("ade20k", "upernet", "convnext_small"): _values(0.9, 1e-4, 0.3),
+    ("ade20k", "upernet", "convnext_base"): _values(0.9, 1e-4, 0.4),
+    ("ade20k", "upernet", "convnext_large"): _values(0.9, 1e-4, 0.4),
+    ("ade20k", "upernet", "convnext_xlarge"): _values(0.9, 8e-5, 0.4),
+}
+
+
+def get(task: str, head: str, backbone: str, settings: Iterable[str] = ()) -> DenseRecipe:
+    """Return the recipe of `task` for a head and a backbone, changed by settings written "key=value"."""
+    recipe = replace(RECIPES[task], **PER_MODEL.get((task, head, backbone), {}))
+    if backbone.startswith("road:"):  # which has initial weights of its own, and no layer scale
+        recipe = replace(recipe, init="pytorch", layer_scale_init=Recipe.layer_scale_init)
+    return replace(recipe, **parse_settings(DenseRecipe, settings))
