@@ -1,6 +1,8 @@
-"""What this book adds to Jupyter Book: the directives `step-diff` and `road-table`; and what it takes away."""
+"""Directives added to Jupyter Book (`step-diff`, `road-table`, `package-tree`), and parts that are removed from it."""
 
+import ast
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from convnext_min import STEPS
 from convnext_min.book.diff import step_diff
 from convnext_min.measure import road_table
 from convnext_min.roadmap import REGIMES
+
+ROOT = Path(__file__).parents[2]
 
 
 def resolve(name: str) -> object:
@@ -69,6 +73,32 @@ class RoadTable(SphinxDirective):
         return [container]
 
 
+def package_tree() -> list[str]:
+    """Return lines of Markdown: each folder of the package and its files, with the first sentence of each docstring."""
+    root, lines = ROOT / "convnext_min", []
+    for folder in (root, *sorted(path.parent for path in root.glob("*/__init__.py"))):
+        lines += ["", f"**`{folder.relative_to(ROOT)}/`**" + (f": {summary(folder)}" if folder != root else ""), ""]
+        lines += [f"- `{path.name}`: {summary(path)}" for path in sorted(folder.glob("*.py")) if path.stem[:2] != "__"]
+    return lines
+
+
+def summary(path: Path) -> str:
+    """Return the first sentence of the docstring of a module, or of a folder's `__init__`."""
+    source = path / "__init__.py" if path.is_dir() else path
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    first = " ".join(docstring.partition("\n\n")[0].split())
+    return re.split(r"(?<=[.`])\s(?=[A-Z`])", first)[0]
+
+
+class PackageTree(SphinxDirective):
+    """Every file of the package with the first sentence of its docstring, folder by folder."""
+
+    def run(self) -> list[nodes.Node]:
+        container = nodes.container(classes=["package-tree"])
+        self.state.nested_parse(StringList(package_tree(), "package-tree"), self.content_offset, container)
+        return [container]
+
+
 def drop_second_search_bar(app, config) -> None:
     """The theme draws a search bar across the top of every page beside the one in the sidebar."""
     config.html_theme_options["navbar_persistent"] = []
@@ -85,5 +115,6 @@ def setup(app) -> dict:
     drop_thebe(app)
     app.add_directive("step-diff", StepDiffDirective)
     app.add_directive("road-table", RoadTable)
+    app.add_directive("package-tree", PackageTree)
     app.connect("config-inited", drop_second_search_bar)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
