@@ -1,0 +1,98 @@
+"""The tables of README.md and book/results/README.md follow from the recorded results; the tree is the package's."""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from convnext_min.book import results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "book" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORD = (RESULTS / "README.md").read_text(encoding="utf-8")
+SUMMARIES = sorted((RESULTS / "imagenette").glob("*/summary.json"))
+SPEEDS = sorted((RESULTS / "speed").rglob("*-*.json"))
+
+
+def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:
+    """Return the runs for a fixed time by (recipe, processor) and minutes: the folder and the top-1 of each."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in SUMMARIES:
+        summary, recipe = json.loads(path.read_text()), re.match(r"(\w+)-\d+min", path.parent.name)
+        row = (recipe[1] if recipe else "for small data", results.processor(summary))
+        found[row][summary["recipe"]["minutes"]].append((path.parent.relative_to(RESULTS), summary["top1"]))
+    return found
+
+
+def speeds() -> dict[Path, tuple[str, str, str, float, str, dict]]:
+    """Return network, mode, processor, images per second, fastest other and ratio to it of each benchmark."""
+    found = {}
+    for path in SPEEDS:
+        outcome = json.loads(path.read_text())
+        medians = {name: result["images_per_second"]["median"] for name, result in outcome["results"].items()}
+        ours = medians.pop("convnext_min")
+        best = max(medians, key=medians.get)
+        network = "{model}, {resolution} px, {batch_size} images".format(**outcome)
+        mode = "training" if outcome["mode"] == "train" else "inference"
+        ratio = outcome["results"][best]["ratio"]
+        found[path] = network, mode, results.processor(outcome), ours, best, ratio
+    return found
+
+
+def test_the_record_has_the_accuracy_of_every_run():
+    rows = set()
+    for (recipe, processor), of_row in runs().items():
+        cells = [", ".join(f"[{top1:.1%}]({folder}/log.csv)" for folder, top1 in of_row[m]) for m in (3, 10, 30)]
+        rows.add(f"| {recipe} | {processor} | {' | '.join(cells)} |")
+    table = re.findall(r"^\|.*\(imagenette/.*\|$", RECORD, re.MULTILINE)
+    assert len(table) == len(set(table)) and set(table) == rows
+
+
+def test_the_readme_has_the_mean_accuracies_where_timm_ran_too():
+    found = runs()
+    compared = {processor for recipe, processor in found if recipe == "timm"}
+    for (recipe, processor), of_row in found.items():
+        if processor not in compared or recipe == "plain":
+            continue
+        tops = [[top1 for _, top1 in of_row[minutes]] for minutes in (3, 10, 30)]
+        cells = [f"{mean(of_cell):.1%} ({len(of_cell)})" if of_cell else "" for of_cell in tops]
+        assert f"| {recipe} | {processor} | {' | '.join(cells)} |" in README
+
+
+@pytest.mark.parametrize("path", SPEEDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_record_has_every_benchmark(path):
+    network, mode, processor, ours, best, ratio = speeds()[path]
+    line = f"| {network} | {mode} | {processor} | {ours:.0f} | {best} | "
+    assert line + f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |" in RECORD
+
+
+def test_the_readme_has_the_ratios_of_the_benchmarks():
+    ratios = defaultdict(dict)
+    for network, mode, processor, _, _, ratio in speeds().values():
+        ratios[network, processor][mode] = f"{ratio['median']:.2f}"
+    for (network, processor), of_row in ratios.items():
+        assert f"| {network} | {processor} | {of_row['training']} | {of_row['inference']} |" in README
+
+
+def test_the_record_has_every_experiment_with_its_core_hours():
+    rows = re.findall(r"^\| \[`([\w/]+)`\]\(([\w/]+)\) \|.*\| ([\d.]+) \|[^|]*\|$", RECORD, re.MULTILINE)
+    listed = {name: hours for name, folder, hours in rows if name == folder}
+    cards = {
+        path.parent.relative_to(RESULTS).as_posix(): json.loads(path.read_text()) for path in RESULTS.rglob("card.json")
+    }
+    assert listed == {name: f"{card['cpu_hours']:.1f}" for name, card in cards.items()}
+
+
+def test_the_readme_has_the_tree_of_the_package():
+    tree = README.partition("## Where things are\n\n```\n")[2].partition("```")[0]
+    named = set(re.findall(r"^  ([\w.]+)", tree, re.MULTILINE)) | set(re.findall(r"\w+\.py(?=[,)])", tree))
+    package = {
+        path.name
+        for path in (ROOT / "convnext_min").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert named == package - {"__init__.py"}
