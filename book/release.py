@@ -17,10 +17,15 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 
 
+def git(*arguments: str) -> list[str]:
+    """Return the lines that a git command prints about this repository."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
 def check(release: str) -> None:
     """Exit with one line if the tree has uncommitted changes or the changelog lacks a dated entry for `release`."""
-    git = ["git", "-C", str(ROOT), "status", "--porcelain"]
-    changed = subprocess.run(git, check=True, capture_output=True, text=True).stdout.splitlines()
+    changed = git("status", "--porcelain")
     if changed:
         sys.exit(f"{len(changed)} files are not committed, the first is {changed[0][3:]}: commit or remove them")
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -30,14 +35,14 @@ def check(release: str) -> None:
 
 def build(release: str) -> list[Path]:
     """Build all files of the release in an empty DIST and return them."""
-    shutil.rmtree(DIST, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "build", "--outdir", DIST, ROOT], check=True)
     html = ROOT / "_build" / "html"
     if not (html / "index.html").is_file():
         sys.exit(f"there is no book in {html}: run `make book`")
+    shutil.rmtree(DIST, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "build", "--outdir", DIST, ROOT], check=True)
     shutil.make_archive(str(DIST / f"convnext-book-{release}-html"), "zip", html)
-    for weights in sorted((ROOT / "convnext_min").rglob("*.safetensors")):
-        shutil.copy(weights, DIST)
+    for weights in git("ls-files", "*.safetensors"):
+        shutil.copy(ROOT / weights, DIST)
     return sorted(DIST.iterdir())
 
 
