@@ -337,15 +337,64 @@ def save_pretrained(model: ConvNeXt, folder: Path | str, labels: list[str] | Non
     return folder
 
 
-convnext_atto = partial(create, "convnext_atto")
-convnext_femto = partial(create, "convnext_femto")
-convnext_pico = partial(create, "convnext_pico")
-convnext_nano = partial(create, "convnext_nano")
-convnext_tiny = partial(create, "convnext_tiny")
-convnext_small = partial(create, "convnext_small")
-convnext_base = partial(create, "convnext_base")
-convnext_large = partial(create, "convnext_large")
-convnext_xlarge = partial(create, "convnext_xlarge")
-convnext_isotropic_small = partial(create, "convnext_isotropic_small")
-convnext_isotropic_base = partial(create, "convnext_isotropic_base")
-convnext_isotropic_large = partial(create, "convnext_isotropic_large")
+# ---- The variants; their arguments are those of `create`
+
+
+def convnext_atto(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-Atto, of timm: 3.7M parameters, 0.55 GMACs at 224x224."""
+    return create("convnext_atto", pretrained, **options)
+
+
+def convnext_femto(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-Femto, of timm: 5.2M parameters, 0.78 GMACs at 224x224."""
+    return create("convnext_femto", pretrained, **options)
+
+
+def convnext_pico(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-Pico, of timm: 9.0M parameters, 1.37 GMACs at 224x224."""
+    return create("convnext_pico", pretrained, **options)
+
+
+def convnext_nano(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-Nano, of timm: 15.6M parameters, 2.45 GMACs at 224x224."""
+    return create("convnext_nano", pretrained, **options)
+
+
+def convnext_tiny(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-T: 28.6M parameters, 4.46 GMACs at 224x224."""
+    return create("convnext_tiny", pretrained, **options)
+
+
+def convnext_small(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-S: 50.2M parameters, 8.68 GMACs at 224x224."""
+    return create("convnext_small", pretrained, **options)
+
+
+def convnext_base(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-B: 88.6M parameters, 15.4 GMACs at 224x224."""
+    return create("convnext_base", pretrained, **options)
+
+
+def convnext_large(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-L: 197.8M parameters, 34.4 GMACs at 224x224."""
+    return create("convnext_large", pretrained, **options)
+
+
+def convnext_xlarge(pretrained: Any = None, **options) -> ConvNeXt:
+    """Build ConvNeXt-XL: 350.2M parameters, 60.9 GMACs at 224x224."""
+    return create("convnext_xlarge", pretrained, **options)
+
+
+def convnext_isotropic_small(pretrained: Any = None, **options) -> ConvNeXtIsotropic:
+    """Build isotropic ConvNeXt-S: 22.3M parameters, 4.3 GMACs at 224x224."""
+    return create("convnext_isotropic_small", pretrained, **options)
+
+
+def convnext_isotropic_base(pretrained: Any = None, **options) -> ConvNeXtIsotropic:
+    """Build isotropic ConvNeXt-B: 87.1M parameters, 16.9 GMACs at 224x224."""
+    return create("convnext_isotropic_base", pretrained, **options)
+
+
+def convnext_isotropic_large(pretrained: Any = None, **options) -> ConvNeXtIsotropic:
+    """Build isotropic ConvNeXt-L: 305.9M parameters, 59.7 GMACs at 224x224."""
+    return create("convnext_isotropic_large", pretrained, **options)

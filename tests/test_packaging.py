@@ -25,7 +25,7 @@ DISTRIBUTIONS = {  # where the name differs from the module's
     "skimage": "scikit-image",
 }
 NEEDED = {"data": ["train"], "train": ["train"], "experiments": ["train"], "dense": ["train", "dense"]}
-NEEDED |= {"book": ["train", "book"], "weights.py": ["weights"], "download.py": ["weights"]}
+NEEDED |= {"book": ["train", "book"], "weights.py": ["weights"], "download.py": ["weights"], "timm.py": ["train"]}
 FOLDERS = [folder for folder in NEEDED if (PACKAGE / folder).is_dir()]
 
 
