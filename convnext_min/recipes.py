@@ -279,9 +279,9 @@ RECIPES = {
     # Small data, as plain as it goes: the paper's optimizer, schedule and label smoothing, no mixing of images.
     "imagenette": _IMAGENETTE,
     # The same for three minutes from the start of the process to the result, with three changes to the network (see
-    # `small`) and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/levers. What they reached on all
-    # 3,925 validation images, on two cores, the Xeon's with AMX (book/results/imagenette); an epoch is 147 steps of 64
-    # images:
+    # `small`) and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation. What they
+    # reached on all 3,925 validation images, on two cores, the Xeon's with AMX (book/results/imagenette); an epoch is
+    # 147 steps of 64 images:
     # 3min-seed-0: 78.1% after 176 s and 1,111 steps, Intel Xeon
     # 3min-seed-1: 77.8% after 175 s and 1,080 steps, Intel Xeon
     # 3min-seed-2: 72.2% after 174 s and 605 steps, AMD EPYC
@@ -315,9 +315,10 @@ RECIPES = {
         loader="disk",
     ),
     # For every step of the road, at a quarter of its width: two cores train all sixteen, with one seed, in less than an
-    # hour (book/results/road). Of the two learning rates tried on held-out images (book/results/rates) for ResNet-50,
-    # GELU and ConvNeXt alike it is the better one on average; ConvNeXt alone would take half of it. The paper's
-    # optimizer, schedule and label smoothing; no averaged weights, as along its road. Too short for CutMix to pay.
+    # hour (book/results/road). Of the two learning rates tried on held-out images
+    # (book/results/convnext_init/lr_sweep) for ResNet-50, GELU and ConvNeXt alike it is the better one on average;
+    # ConvNeXt alone would take half of it. The paper's optimizer, schedule and label smoothing; no averaged weights,
+    # as along its road. Too short for CutMix to pay.
     "road": _ROAD,
     # The same length for ResNet-50's own recipe: momentum, three steps of the learning rate, crops and flips.
     "road-classic": replace(

@@ -59,12 +59,12 @@ def test_each_step_is_compared_with_the_one_it_grew_from():
     assert analysis.BEFORE["gelu"] == "kernel7" and analysis.BEFORE["kernel9"] == "kernel7"
 
 
-def test_right_answers_come_in_the_order_of_seeds(tmp_path, monkeypatch):
+def test_correct_predictions_come_in_the_order_of_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "runs.csv").write_text("trial,seed\nb,1\na,0\nb,0\n")
-    answers = {"a/0": [0, 1], "b/0": [1, 1], "b/1": [0, 0]}
-    np.savez(tmp_path / "made" / "answers.npz", labels=np.array([0, 1]), **{k: np.array(v) for k, v in answers.items()})
-    right = analysis.right_answers("made")
+    runs = {"labels": [0, 1], "a/0": [0, 1], "b/0": [1, 1], "b/1": [0, 0]}
+    np.savez(tmp_path / "made" / "predictions.npz", **{name: np.array(values) for name, values in runs.items()})
+    right = analysis.correct("made")
     assert list(right) == ["b", "a"]
     assert right["b"].tolist() == [[False, True], [True, False]] and right["a"].tolist() == [[True, True]]

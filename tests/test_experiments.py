@@ -4,7 +4,6 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -13,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_min import data, experiments, recipes, train
-from convnext_min.experiments import Made, Trial
+from convnext_min import data, recipes, train
+from convnext_min.experiments import run, trials
+from convnext_min.experiments.run import Result
+from convnext_min.experiments.trials import Trial
 
 TINY = ("epochs=1", "batch_size=4", "base_batch=4", "image_size=32", "resolution=32", "progressive=()")
 TINY += ("eval_resolution=32", "depths=(1,1,1,1)", "dims=(8,8,8,8)", "evaluate_every=0")
@@ -36,21 +37,21 @@ def root(tmp_path):
 def here(monkeypatch):
     """Runs are made in this process, which has imported everything; those of the test of a failed run are real ones."""
 
-    def run(command, stdout, stderr, env):
+    def start(command, stdout, stderr, env):
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
             train.main(command[3:])  # after python -m convnext_min.train
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture
 def experiment(monkeypatch):
-    trials = [
+    made = [
         Trial("a", "convnext_atto", "imagenette", TINY, ("--holdout",)),
         Trial("b / c", "convnext_atto", "imagenette", (*TINY, "stem=overlapping"), ("--holdout",)),
     ]
-    monkeypatch.setitem(experiments.EXPERIMENTS, "made", trials)
+    monkeypatch.setitem(trials.EXPERIMENTS, "made", made)
 
 
 def rows(path):
@@ -61,7 +62,7 @@ def rows(path):
 def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root, tmp_path, monkeypatch):
     output = tmp_path / "results"
     monkeypatch.setattr(sys, "orig_argv", ["python", "first"])
-    experiments.run("made", output, seeds=1, data=str(root))
+    run.run("made", output, seeds=1, data=str(root))
     first = rows(output / "made" / "runs.csv")
     assert [(row["trial"], row["seed"], row["images"]) for row in first] == [("a", "0", "10"), ("b / c", "0", "10")]
 
@@ -70,15 +71,15 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root,
     assert round(100 * summary["top1"], 3) == float(first[1]["top1"])
     assert summary["recipe"] == json.loads(first[1]["recipe"])
 
-    made, labels = [], experiments.read_answers(output / "made" / "answers.npz")["labels"]
+    made, labels = [], run.read_arrays(output / "made" / "predictions.npz")["labels"]
 
     def note(trial, seed, *_):
         made.append((trial.name, seed))
-        return Made(first[0], {"labels": labels}, [])
+        return Result(first[0] | {"trial": trial.name, "seed": seed}, labels, labels, [])
 
-    monkeypatch.setattr(experiments, "run_trial", note)
+    monkeypatch.setattr(run, "run_trial", note)
     monkeypatch.setattr(sys, "orig_argv", ["python", "second"])
-    experiments.run("made", output, seeds=2, data=str(root))
+    run.run("made", output, seeds=2, data=str(root))
     assert made == [("a", 1), ("b / c", 1)]  # those of seed 0 were not made again
     card = json.loads((output / "made" / "card.json").read_text())
     assert card["runs"] == 4 and card["cpus"] == [first[0]["cpu"]]
@@ -86,9 +87,9 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root,
 
 
 def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, here, root, tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.EXPERIMENTS, "made", experiments.EXPERIMENTS["made"][:1])
-    (row,) = experiments.run("made", tmp_path, seeds=1, data=str(root))
-    answers = experiments.read_answers(tmp_path / "made" / "answers.npz")
+    monkeypatch.setitem(trials.EXPERIMENTS, "made", trials.EXPERIMENTS["made"][:1])
+    (row,) = run.run("made", tmp_path, seeds=1, data=str(root))
+    answers = run.read_arrays(tmp_path / "made" / "predictions.npz")
     assert answers["a/0"].shape == (10,)
     assert 100 * (answers["a/0"] == answers["labels"]).mean() == pytest.approx(row["top1"], abs=1e-3)
     (point,) = rows(tmp_path / "made" / "curves.csv")  # of the one epoch
@@ -98,54 +99,39 @@ def test_answers_are_kept_and_give_the_accuracy_of_their_row(experiment, here, r
 def test_some_trials_alone(experiment, root, tmp_path, monkeypatch):
     made = []
     row = {"trial": "b / c", "top1": "1", "cpu_seconds": "1", "parameters": "1", "seed": "0", "commit": "", "cpu": ""}
-    answers = {"labels": np.zeros(3)}
-    monkeypatch.setattr(experiments, "run_trial", lambda trial, *_: made.append(trial.name) or Made(row, answers, []))
-    monkeypatch.setattr(experiments, "write_rows", lambda *_: None)
-    experiments.run("made", tmp_path, seeds=1, data=str(root), trials=["b / c"])
+    zeros = np.zeros(3)
+    monkeypatch.setattr(run, "run_trial", lambda trial, *_: made.append(trial.name) or Result(row, zeros, zeros, [row]))
+    run.run("made", tmp_path, seeds=1, data=str(root), trials=["b / c"])
     assert made == ["b / c"]
     with pytest.raises(ValueError, match="made has no trial 'c'; valid: a, b / c"):
-        experiments.run("made", tmp_path, seeds=1, trials=["c"])
+        run.run("made", tmp_path, seeds=1, trials=["c"])
     with pytest.raises(ValueError, match="seeds and workers must be positive, got 1 and 0"):
-        experiments.run("made", tmp_path, seeds=1, workers=0)
+        run.run("made", tmp_path, seeds=1, workers=0)
 
 
-def test_a_run_judged_by_other_images_is_refused_and_the_rows_before_stay(experiment, tmp_path, monkeypatch):
+def test_a_run_evaluated_on_other_images_is_refused_and_the_rows_before_stay(experiment, tmp_path, monkeypatch):
     row = {"top1": "1", "cpu_seconds": "1", "parameters": "1", "commit": "", "cpu": "", "options": ""}
 
-    def judged(trial, seed, *_):
+    def evaluated(trial, seed, *_):
         labels = np.arange(20 if seed == 0 else 10)
         made = row | {"trial": trial.name, "seed": str(seed)}
-        return Made(made, {experiments.key(trial.name, seed): labels, "labels": labels}, [{"trial": trial.name}])
+        return Result(made, labels, labels, [{"trial": trial.name}])
 
-    monkeypatch.setattr(experiments, "run_trial", judged)
-    experiments.run("made", tmp_path, seeds=1)
-    with pytest.raises(RuntimeError, match=r"a, seed 1, was judged by other images than .*made: take another --output"):
-        experiments.run("made", tmp_path, seeds=2)
+    monkeypatch.setattr(run, "run_trial", evaluated)
+    run.run("made", tmp_path, seeds=1)
+    with pytest.raises(
+        RuntimeError, match=r"a, seed 1, was evaluated on other images than .*made: take another --output"
+    ):
+        run.run("made", tmp_path, seeds=2)
     assert [made["seed"] for made in rows(tmp_path / "made" / "runs.csv")] == ["0", "0"]
-    assert len(experiments.read_answers(tmp_path / "made" / "answers.npz")["labels"]) == 20
-
-
-def test_a_run_of_another_experiment_is_taken_from_there(experiment, here, root, tmp_path, monkeypatch):
-    same, other = (
-        Trial(name, "convnext_atto", "imagenette", (*TINY, f"base_lr={lr}")) for name, lr in (("x", 1e-3), ("y", 2e-3))
-    )
-    monkeypatch.setitem(experiments.EXPERIMENTS, "first", [same])
-    monkeypatch.setitem(experiments.EXPERIMENTS, "second", [replace(same, name="also x"), other])
-    (made,) = experiments.run("first", tmp_path, seeds=1, data=str(root))
-    taken, new = experiments.run("second", tmp_path, seeds=1, data=str(root))
-    assert {k: str(v) for k, v in made.items()} == taken | {"trial": "x"} and new["trial"] == "y"
-    answers = experiments.read_answers(tmp_path / "second" / "answers.npz")
-    assert [point["trial"] for point in rows(tmp_path / "second" / "curves.csv")] == ["also x", "y"]
-    assert (answers["also x/0"] == experiments.read_answers(tmp_path / "first" / "answers.npz")["x/0"]).all()
-    monkeypatch.setattr(Trial, "values", lambda self: {"a recipe that": "has changed since"})
-    assert experiments.made_elsewhere(same, 0, tmp_path) is None
+    assert len(run.read_arrays(tmp_path / "made" / "predictions.npz")["labels"]) == 20
 
 
 def test_a_failed_run_is_named_and_the_others_are_kept(experiment, root, tmp_path, monkeypatch):
-    trials = [Trial("wrong", "convnext_atto", "imagenette", ("depths=(1,1)",)), *experiments.EXPERIMENTS["made"][:1]]
-    monkeypatch.setitem(experiments.EXPERIMENTS, "made", trials)
+    wrong = Trial("wrong", "convnext_atto", "imagenette", ("depths=(1,1)",))
+    monkeypatch.setitem(trials.EXPERIMENTS, "made", [wrong, *trials.EXPERIMENTS["made"][:1]])
     with pytest.raises(RuntimeError, match=r"wrong, seed 0, stopped with code 1; see .*output\.txt"):
-        experiments.run("made", tmp_path, seeds=1, data=str(root))
+        run.run("made", tmp_path, seeds=1, data=str(root))
     assert [row["trial"] for row in rows(tmp_path / "made" / "runs.csv")] == ["a"]
     assert "depths takes" in (tmp_path / "made" / "work" / "wrong-0" / "output.txt").read_text()
 
@@ -155,22 +141,22 @@ def test_summary_is_mean_and_standard_deviation():
         {"trial": trial, "top1": top1, "cpu_seconds": "10", "parameters": "7"}
         for trial, top1 in (("a", "50.0"), ("a", "53.0"), ("a", "51.0"), ("b", "20.0"))
     ]
-    a, b = experiments.summarize(made)
+    a, b = run.summarize(made)
     assert (a["top1"], a["std"], a["seeds"]) == (round(mean((50, 53, 51)), 2), round(stdev((50, 53, 51)), 2), 3)
     assert (b["top1"], b["std"], b["seeds"]) == (20.0, "", 1)
 
 
-RUNS = sorted((Path(__file__).parents[1] / "book" / "results").glob("*/runs.csv"))
+RUNS = sorted((Path(__file__).parents[1] / "book" / "results").rglob("runs.csv"))
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.parent.name)
 def test_committed_summaries_follow_from_the_committed_runs(folder):
-    expected = experiments.summarize(rows(folder))
+    expected = run.summarize(rows(folder))
     assert rows(folder.parent / "summary.csv") == [{k: str(v) for k, v in row.items()} for row in expected]
 
 
 def test_every_trial_has_a_name_of_its_own_and_a_valid_recipe():
-    for trials in experiments.EXPERIMENTS.values():
-        assert len({trial.name for trial in trials}) == len(trials)
-        for trial in trials:
+    for listed in trials.EXPERIMENTS.values():
+        assert len({trial.name for trial in listed}) == len(listed)
+        for trial in listed:
             recipes.get(trial.recipe, trial.settings)

@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def levers(folder):
+def ablation(folder):
     """Of 200 images the plain runs get 100 right, a good change 140 with two seeds and 138, a bad one 90."""
     labels = np.arange(IMAGES) % 10
     right = {("plain", 0): 100, ("plain", 1): 100, ("good", 0): 140, ("good", 1): 138, ("bad", 0): 90}
@@ -41,30 +41,30 @@ def levers(folder):
         {"trial": trial, "seed": seed, "cpu": ("fast", "slow")[seed], "cpu_seconds": (1 + seed) * seconds[trial]}
         for trial, seed in right
     ]
-    write_csv(folder / "levers" / "runs.csv", rows)
-    np.savez(folder / "levers" / "answers.npz", labels=labels, **answers)
+    write_csv(folder / "small_data_ablation" / "runs.csv", rows)
+    np.savez(folder / "small_data_ablation" / "predictions.npz", labels=labels, **answers)
     points = [{"step": 10, "top1": ""}, {"step": 20, "top1": 0.5}]
     curves = [{"trial": trial, "seed": seed} | point for trial, seed in right for point in points]
-    write_csv(folder / "levers" / "curves.csv", curves)
+    write_csv(folder / "small_data_ablation" / "curves.csv", curves)
 
 
-def test_curves_are_numbers_by_trial_and_seed(levers):
-    logs = result_figures.curves("levers")
+def test_curves_are_numbers_by_trial_and_seed(ablation):
+    logs = result_figures.curves("small_data_ablation")
     assert list(logs) == [("plain", 0), ("plain", 1), ("good", 0), ("good", 1), ("bad", 0)]
     assert logs["good", 1] == [{"step": 10.0, "top1": None}, {"step": 20.0, "top1": 0.5}]
 
 
-def test_levers_are_compared_with_their_base_and_sorted(levers):
-    plain, good, bad = result_figures.lever_table(["bad", "good"]).rows
+def test_changes_are_compared_with_their_base_and_sorted(ablation):
+    plain, good, bad = result_figures.ablation_table(["bad", "good"]).rows
     assert plain == ("plain", "50.0\xa0±\xa00.0", "2", "", "1.00")
     assert good[:3] == ("good", "69.5\xa0±\xa00.7", "2") and good[3].startswith("+19.5 (") and good[4] == "1.50"
     assert bad[:3] == ("bad", "45.0", "1") and bad[3].startswith("-5.0 (") and bad[4] == "1.00"
-    base, other = result_figures.lever_table(["bad"], base="good").rows
+    base, other = result_figures.ablation_table(["bad"], base="good").rows
     assert base[0] == "good" and other[3].startswith("-25.0 (")  # of the seed that both have
 
 
-def test_every_seed_of_a_lever_is_a_dot(levers):
-    ax = result_figures.lever_gains(["bad", "good"]).axes[0]
+def test_every_seed_of_a_change_is_a_dot(ablation):
+    ax = result_figures.ablation_gains(["bad", "good"]).axes[0]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["good", "bad"]
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert np.concatenate([line.get_xdata() for line in dots]) == pytest.approx([20, 19, -5])
@@ -131,7 +131,7 @@ def test_a_contest_has_a_row_for_each_implementation(folder):
     (folder / "speed").mkdir()
     outcome = {"model": "convnext_atto", "resolution": 128, "batch_size": 32, "mode": "train", "results": results_}
     (folder / "speed" / "train.json").write_text(json.dumps(outcome))
-    assert result_figures.contest_table("train").rows == (
+    assert result_figures.benchmark_table("train").rows == (
         ("convnext_atto, 128 px, 32 images", "convnext_min", "298 (288–301)", "", "bf16, NCHW, eager"),
         ("", "timm", "129 (124–130)", "2.30 (2.22–2.34)", "fp32, NCHW, eager"),
     )
@@ -160,8 +160,8 @@ def road(folder):
             right = np.arange(2000) < 1000 + 10 * i
             answers[f"{step}/{seed}"] = np.where(right, labels, labels + 1)
             rows.append({"trial": step, "seed": seed, "cpu_seconds": 60 * (i + 1)})
-    write_csv(folder / "road_convnext_init" / "runs.csv", rows)
-    np.savez(folder / "road_convnext_init" / "answers.npz", labels=labels, **answers)
+    write_csv(folder / "convnext_init/road" / "runs.csv", rows)
+    np.savez(folder / "convnext_init/road" / "predictions.npz", labels=labels, **answers)
 
 
 def test_the_road_is_compared_step_by_step_with_the_paper(road):
@@ -201,18 +201,18 @@ def ends(folder, experiment, conditions):
             rows.append({"trial": f"{end}, {condition}", "seed": 0})
             answers[f"{end}, {condition}/0"] = (np.arange(1000) >= 400 + 100 * i + more).astype(int)
     write_csv(folder / experiment / "runs.csv", rows)
-    np.savez(folder / experiment / "answers.npz", labels=labels, **answers)
+    np.savez(folder / experiment / "predictions.npz", labels=labels, **answers)
 
 
 def test_the_grid_has_a_line_for_each_network(folder):
-    ends(folder, "grid", ("road-classic", "road"))
+    ends(folder, "convnext_init/recipe_by_architecture", ("road-classic", "road"))
     ax = result_figures.recipe_grid().axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
     assert lines == {"ResNet-50": pytest.approx([40, 50]), "ConvNeXt": pytest.approx([50, 60])}
 
 
 def test_fractions_are_drawn_over_the_part_of_the_images(folder):
-    ends(folder, "when", ("10% of the images", "all images"))
+    ends(folder, "convnext_init/data_and_length", ("10% of the images", "all images"))
     ax = result_figures.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
     lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
     assert list(lines["ConvNeXt"].get_xdata()) == [10, 100]

@@ -441,7 +441,7 @@ def test_a_run_leaves_its_log_its_curve_and_what_it_takes_to_repeat_it(images, t
         "events.out",
         "log.csv",
         "summary.json",
-        "answers.npz",
+        "predictions.npz",
     }
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))

@@ -1,6 +1,6 @@
 """What the committed runs say: accuracies with their spread, paired differences, and agreement with the paper.
 
-Everything is computed from the answers that each run gave to each validation image (answers.npz of an experiment).
+Everything is computed from the answers that each run gave to each validation image (predictions.npz of an experiment).
 """
 
 from collections.abc import Mapping
@@ -43,9 +43,9 @@ class Accuracy(NamedTuple):
         return f"{self.mean:.1f}" + ("" if np.isnan(self.std) else f"{NBSP}±{NBSP}{self.std:.1f}")
 
 
-def right_answers(experiment: str) -> dict[str, Right]:
+def correct(experiment: str) -> dict[str, Right]:
     """For each trial of an experiment, in the order of its runs, where its runs were right, the seeds in order."""
-    answers = results.arrays(f"{experiment}/answers.npz")
+    answers = results.arrays(f"{experiment}/predictions.npz")
     labels = answers.pop("labels")
     runs = [(row["trial"], int(row["seed"])) for row in results.rows(f"{experiment}/runs.csv")]
     return {

@@ -17,12 +17,12 @@ from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS, build
 
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
-CONTESTANTS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)}
+NETWORKS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)}
 
 
 def road_results(*slugs: str) -> Table:
     """Our small runs of road steps: top-1 with its spread, and the change that each brought, ours and the paper's."""
-    right = analysis.right_answers("road_convnext_init")
+    right = analysis.correct("convnext_init/road")
     rows = []
     for slug in slugs or STEPS:
         ours, published = "", ""
@@ -37,7 +37,7 @@ def road_results(*slugs: str) -> Table:
 
 def road_gains() -> Figure:
     """The road as the paper draws it: bars for what each step is above ResNet-50, the paper's and ours."""
-    right = analysis.right_answers("road_convnext_init")
+    right = analysis.correct("convnext_init/road")
     steps = [slug for slug in STEPS if slug in right]
     fig, (left, here) = figure(5.6, 2, sharey=True)
     y = np.arange(len(steps))
@@ -64,10 +64,10 @@ def road_gains() -> Figure:
 
 def road_costs() -> Figure:
     """Top-1 of the small runs against MACs, parameters and measured time, a point a step and a line along the road."""
-    right = analysis.right_answers("road_convnext_init")
+    right = analysis.correct("convnext_init/road")
     steps = [slug for slug in STEPS if slug in right]
     recipe = RECIPES["road"]
-    rows = results.rows("road_convnext_init/runs.csv")
+    rows = results.rows("convnext_init/road/runs.csv")
     costs = {"MACs (millions)": [], "parameters (millions)": [], "time (core-minutes)": []}
     for slug in steps:
         with torch.device("meta"):
@@ -99,7 +99,7 @@ def road_costs() -> Figure:
 
 def recipe_grid() -> Figure:
     """ResNet-50 and ConvNeXt under the classic and the modern recipe: a point a run, a line through the means."""
-    right = analysis.right_answers("grid")
+    right = analysis.correct("convnext_init/recipe_by_architecture")
     fig, ax = figure(3.2)
     names = {"road-classic": "classic recipe\n(SGD, steps)", "road": "modern recipe\n(AdamW, cosine)"}
     for shift, (slug, (label, color)) in zip((-0.03, 0.03), ENDS.items()):
@@ -118,9 +118,9 @@ def recipe_grid() -> Figure:
 
 def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
     """The contestants of `when` over the part of the images, each condition given with its fraction."""
-    right = analysis.right_answers("when")
+    right = analysis.correct("convnext_init/data_and_length")
     fig, ax = figure(3.2)
-    for slug, (label, color) in CONTESTANTS.items():
+    for slug, (label, color) in NETWORKS.items():
         points = [(100 * fraction, 100 * right[f"{slug}, {name}"].mean(1)) for name, fraction in fractions]
         ax.plot([x for x, _ in points], [values.mean() for _, values in points], color=color, label=label)
         for x, values in points:
@@ -158,9 +158,9 @@ def curves(experiment: str) -> dict[tuple[str, int], list[Row]]:
     return logs
 
 
-def lever_gains(trials: Sequence[str], base: str = "plain") -> Figure:
-    """What each of the trials of `levers` gained over `base`, sorted: its 95% interval, the mean, and a dot a seed."""
-    right = analysis.right_answers("levers")
+def ablation_gains(trials: Sequence[str], base: str = "plain") -> Figure:
+    """Draw the gain of each trial of small_data_ablation over `base`, sorted: mean, 95% interval, a dot per seed."""
+    right = analysis.correct("small_data_ablation")
     gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
     order = sorted(trials, key=lambda trial: -gains[trial].value)
     fig, ax = figure(0.8 + 0.27 * len(order))
@@ -194,12 +194,12 @@ def _relative_times(runs: Sequence[Mapping[str, str]], base: str) -> dict[str, f
     return {trial: mean(values) for trial, values in ratios.items()}
 
 
-def lever_table(trials: Sequence[str], base: str = "plain", experiment: str = "levers") -> Table:
+def ablation_table(trials: Sequence[str], base: str = "plain", experiment: str = "small_data_ablation") -> Table:
     """`base` and other trials of an experiment, sorted by their gain over it: top-1, seeds, gain, time.
 
     The time is the processor's, as a multiple of what `base` took on the same kind of processor.
     """
-    right = analysis.right_answers(experiment)
+    right = analysis.correct(experiment)
     time = _relative_times(results.rows(f"{experiment}/runs.csv"), base)
     gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
     rows = []
@@ -272,7 +272,7 @@ def timed_runs(runs: Runs) -> Figure:
     return fig
 
 
-def contest_table(*names: str) -> Table:
+def benchmark_table(*names: str) -> Table:
     """The outcomes of speed contests (files of book/results/speed): images a second, and how much faster ours is.
 
     Median and range over the rounds; the ratio is of two speeds in the same round.

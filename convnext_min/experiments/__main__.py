@@ -1,6 +1,6 @@
-"""`python -m convnext_min.experiments`."""
+"""Start `convnext_min.experiments.run`: `python -m convnext_min.experiments road --output book/results`."""
 
-from convnext_min.experiments import main
+from convnext_min.experiments.run import main
 
 if __name__ == "__main__":
     main()

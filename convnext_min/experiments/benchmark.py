@@ -1,6 +1,7 @@
-"""Speed against other implementations: all in one process, by turns, each with the settings that suit it best.
+"""Measure training and inference speed against other implementations of ConvNeXt.
 
-`python -m convnext_min.experiments.benchmark official timm torchvision --mode train` is its command line.
+All run in one process by turns, each in its fastest setting of number format, memory layout and torch.compile:
+`python -m convnext_min.experiments.benchmark official timm torchvision --mode train`.
 """
 
 import argparse
@@ -28,23 +29,23 @@ CLASSES = 1000
 
 
 def _torchvision(name: str) -> nn.Module:
-    """torchvision's ConvNeXt in the sizes of our `name`, of which it may not know the name."""
+    """Build torchvision's ConvNeXt with the depths and widths of our `name`; torchvision lacks the small variants."""
     ours = getattr(convnext, name)(num_classes=1)
     dims, depths = [stage[0].dwconv.in_channels for stage in ours.stages], [len(stage) for stage in ours.stages]
     settings = [CNBlockConfig(dim, to, depth) for dim, to, depth in zip(dims, [*dims[1:], None], depths)]
     return torchvision.models.ConvNeXt(settings, num_classes=CLASSES)
 
 
-CONTESTANTS: dict[str, Callable[[str], nn.Module]] = {
+IMPLEMENTATIONS: dict[str, Callable[[str], nn.Module]] = {
     "convnext_min": lambda name: fast.accelerate(getattr(convnext, name)(num_classes=CLASSES)),
-    "official": lambda name: getattr(convnext, name)(num_classes=CLASSES),  # the same formulation as the release's
+    "official": lambda name: getattr(convnext, name)(num_classes=CLASSES),  # the official formulation of the block
     "timm": lambda name: timm.create_model(name, num_classes=CLASSES),
     "torchvision": _torchvision,
 }
 
 
 class Setting(NamedTuple):
-    """How a model is run: number format, memory layout, and whether through torch.compile."""
+    """How a model runs: number format, memory layout, and eager or compiled."""
 
     amp: str
     layout: str
@@ -61,39 +62,49 @@ SETTINGS = [
 
 
 def native_settings() -> list[Setting]:
-    """SETTINGS, without bfloat16 where the CPU has no instructions for it: a step in it would take minutes there."""
+    """Return SETTINGS, without bfloat16 on a CPU that lacks bfloat16 instructions: one step takes minutes there."""
     bf16 = autocast_dtype("auto", torch.device("cpu")) is not None
     return [setting for setting in SETTINGS if bf16 or setting.amp == "fp32"]
 
 
-class Contestant:
-    """One model, ready to run one step after another on the same random images."""
+class Shape(NamedTuple):
+    """The workload: a variant of ConvNeXt, image side in pixels, images per step, and "train" or "infer"."""
 
-    def __init__(self, name: str, model: str, setting: Setting, resolution: int, batch_size: int, mode: str):
+    model: str = "convnext_atto"
+    resolution: int = 128
+    batch_size: int = 32
+    mode: str = "train"
+
+
+class Workload:
+    """One implementation in one setting, with random images to run it on."""
+
+    def __init__(self, name: str, setting: Setting, shape: Shape):
         torch.manual_seed(0)
+        training = shape.mode == "train"
         layout = torch.channels_last if setting.layout == "channels-last" else torch.contiguous_format
-        self.model = CONTESTANTS[name](model).to(memory_format=layout).train(mode == "train")
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True) if mode == "train" else None
-        self.images = torch.randn(batch_size, 3, resolution, resolution).to(memory_format=layout)
-        self.labels = torch.arange(batch_size) % CLASSES
+        self.model = IMPLEMENTATIONS[name](shape.model).to(memory_format=layout).train(training)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True) if training else None
+        self.images = torch.randn(shape.batch_size, 3, shape.resolution, shape.resolution).to(memory_format=layout)
+        self.labels = torch.arange(shape.batch_size) % CLASSES
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.amp == "bf16")
         torch._dynamo.reset()
-        self.run = torch.compile(self.model) if setting.how == "torch.compile" else self.model
+        self.forward = torch.compile(self.model) if setting.how == "torch.compile" else self.model
 
     def step(self) -> None:
-        """Forward; in training also backward and a step of AdamW."""
+        """Run the forward pass and, in training, the backward pass and one AdamW step."""
         if self.optimizer is None:
             with torch.inference_mode(), self.autocast:
-                self.run(self.images)
+                self.forward(self.images)
             return
         with self.autocast:
-            logits = self.run(self.images)
+            logits = self.forward(self.images)
         F.cross_entropy(logits.float(), self.labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def speed(self, seconds: float) -> float:
-        """Images a second, over as many steps as begin within `seconds`."""
+        """Return images per second over all steps that start within `seconds`."""
         steps, start = 0, time.perf_counter()
         while (spent := time.perf_counter() - start) < seconds:
             self.step()
@@ -101,8 +112,25 @@ class Contestant:
         return steps * len(self.images) / spent
 
 
-def contest(
-    rivals: Sequence[str],
+def best_setting(
+    name: str, settings: Sequence[Setting], shape: Shape, seconds: float, bar: tqdm
+) -> tuple[Workload, dict[str, float]]:
+    """Return the fastest workload of an implementation, and the images per second of each setting."""
+    speeds: dict[str, float] = {}
+    for setting in settings:
+        workload = Workload(name, setting, shape)
+        workload.step()  # compiles and allocates
+        workload.step()
+        speed = workload.speed(seconds)
+        if speed > max(speeds.values(), default=0.0):
+            best = workload
+        speeds[str(setting)] = round(speed, 1)
+        bar.update()
+    return best, speeds
+
+
+def benchmark(
+    baselines: Sequence[str],
     model: str = "convnext_atto",
     resolution: int = 128,
     batch_size: int = 32,
@@ -111,48 +139,51 @@ def contest(
     seconds: float = 3.0,
     settings: Sequence[Setting] | None = None,
 ) -> dict[str, Any]:
-    """Speed in images a second of `convnext_min` and `rivals`, out of CONTESTANTS, on the CPU.
+    """Measure images per second of `convnext_min` and of `baselines`, keys of IMPLEMENTATIONS, on the CPU.
 
-    Each is tried with all `settings`, by default `native_settings()`, and the fastest goes through. Then `rounds`
-    rounds: each in turn for `seconds`. All have the same allocator settings (`fast.keep_freed_memory`), threads and
-    images. Returns what belongs into a results file. Raises ValueError, listing what is valid, for an unknown rival,
-    model or mode, and for numbers that are too small.
+    Each implementation first runs in all `settings`, by default `native_settings()`, for `seconds` each, and keeps its
+    fastest. Then all take turns for `seconds`, `rounds` times, with the same allocator settings
+    (`fast.keep_freed_memory`), threads and images. Returns the contents of a results file. Raises ValueError, listing
+    what is valid, for an unknown baseline, model or mode, and for sizes that are too small.
     """
-    models = [name for name in vars(convnext) if name.startswith("convnext_")]
-    for value, valid in ((model, models), (mode, ("train", "infer")), *((rival, CONTESTANTS) for rival in rivals)):
-        if value not in valid:
-            raise ValueError(f"unknown {value!r}; valid: {', '.join(valid)}")
-    if resolution < 32 or batch_size < 1 or rounds < 1:
-        raise ValueError(f"it takes 32 px, an image and a round at least, got {resolution}, {batch_size}, {rounds}")
+    shape = Shape(model, resolution, batch_size, mode)
+    _check(baselines, shape, rounds)
     fast.keep_freed_memory()
-    names = ["convnext_min", *(rival for rival in rivals if rival != "convnext_min")]
-    trials: dict[str, dict[str, float]] = {name: {} for name in names}
-    finalists = {}
+    names = ["convnext_min", *(name for name in baselines if name != "convnext_min")]
     settings = native_settings() if settings is None else settings
-    for name, setting in tqdm(list(itertools.product(names, settings)), "choosing settings", disable=None):
-        contestant = Contestant(name, model, setting, resolution, batch_size, mode)
-        contestant.step()  # compiles, and allocates
-        contestant.step()
-        speed = contestant.speed(seconds)
-        if speed > max(trials[name].values(), default=0.0):
-            finalists[name] = contestant
-        trials[name][str(setting)] = round(speed, 1)
+    with tqdm(total=len(names) * len(settings), desc="choosing settings", disable=None) as bar:
+        best = {name: best_setting(name, settings, shape, seconds, bar) for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(rounds), "rounds", disable=None):
-        for name in names:
-            finalists[name].step()
-            speeds[name].append(finalists[name].speed(seconds))
+        for name, (workload, _) in best.items():
+            workload.step()
+            speeds[name].append(workload.speed(seconds))
     results = {
         name: {
             "images_per_second": _spread(speeds[name]),
             "ratio": _spread([ours / theirs for ours, theirs in zip(speeds["convnext_min"], speeds[name])]),
-            "setting": max(trials[name], key=trials[name].__getitem__),
-            "trials": trials[name],
+            "setting": max(trials, key=trials.__getitem__),
+            "trials": trials,
         }
-        for name in names
+        for name, (_, trials) in best.items()
     }
-    sizes = {"model": model, "resolution": resolution, "batch_size": batch_size, "mode": mode}
-    return sizes | {"rounds": rounds, "seconds": seconds, "results": results} | environment()
+    return shape._asdict() | {"rounds": rounds, "seconds": seconds, "results": results} | environment()
+
+
+def _check(baselines: Sequence[str], shape: Shape, rounds: int) -> None:
+    models = [name for name in vars(convnext) if name.startswith("convnext_")]
+    for value, valid in (
+        (shape.model, models),
+        (shape.mode, ("train", "infer")),
+        *((name, IMPLEMENTATIONS) for name in baselines),
+    ):
+        if value not in valid:
+            raise ValueError(f"unknown {value!r}; valid: {', '.join(valid)}")
+    if shape.resolution < 32 or shape.batch_size < 1 or rounds < 1:
+        raise ValueError(
+            "resolution must be at least 32, batch size and rounds at least 1, "
+            f"got {shape.resolution}, {shape.batch_size} and {rounds}"
+        )
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -160,7 +191,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def report(outcome: dict[str, Any]) -> str:
-    """The outcome of `contest` as text: a line a contestant."""
+    """Return the outcome of `benchmark` as text, one line per implementation."""
     lines = ["{model}, {resolution} px, batch {batch_size}, {mode}: median (lowest-highest)".format(**outcome)]
     for name, result in outcome["results"].items():
         speed, ratio = result["images_per_second"], result["ratio"]
@@ -183,14 +214,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/speed"), help="folder for the results as JSON")
     args = parser.parse_args(argv)
     try:
-        outcome = contest(args.baselines, args.model, args.resolution, args.batch, args.mode, args.rounds)
+        outcome = benchmark(args.baselines, args.model, args.resolution, args.batch, args.mode, args.rounds)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(report(outcome))
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.mode}-{args.model}-{args.resolution}px-batch{args.batch}.json"
     write_json(outcome, path)
-    print(f"In {path}")
+    print(f"Written to {path}")
 
 
 if __name__ == "__main__":

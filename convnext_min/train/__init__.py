@@ -49,7 +49,7 @@ LIBRARIES = {
     "torchvision": (torchvision.models.get_model, "stochastic_depth_prob"),
 }
 CHECKPOINT = "checkpoint.pt"
-ANSWERS = "answers.npz"  # the class given to each validation image, and the right one
+PREDICTIONS = "predictions.npz"  # the class given to each validation image, and the right one
 EVAL_BATCH = 64  # images of a process
 
 
@@ -225,7 +225,7 @@ def train(
 ) -> History:
     """Train `model`, a network or a name for `make_model`, and evaluate it on `val_set` as often as the recipe says.
 
-    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and those before it, best.pt, answers.npz and
+    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and those before it, best.pt, predictions.npz and
     summary.json into the folder `output`, if given. The images are an `ImageSet` or anything that gives batches as
     `Batches` does. With `start`, the weights of a checkpoint are the initial ones. With `resume`, continues from the
     newest whole checkpoint in `output`, if there is one. A recipe's minutes count from `started`, in seconds as
@@ -284,11 +284,11 @@ def train(
         summary |= {"parameters": count_parameters(run.model), "steps": run.step, "seconds": round(run.seconds, 1)}
         summary |= {"cpu_seconds": round(run.cpu_seconds, 1)}
         given = {"answers": result.predictions.numpy(), "labels": result.labels.numpy()}
-        np.savez_compressed(checkpoint.parent / ANSWERS, **{k: v.astype(np.uint16) for k, v in given.items()})
+        np.savez_compressed(checkpoint.parent / PREDICTIONS, **{k: v.astype(np.uint16) for k, v in given.items()})
         summary |= {"processes": distributed.world(), "images_at_a_time": run.micro_batch}
         write_json(summary | environment(), checkpoint.parent / "summary.json")
         records.training_curve(run.rows).savefig(checkpoint.parent / "curve.png", dpi=150)
-        files = f"{CHECKPOINT}, log.csv, curve.png, summary.json, {ANSWERS}"
+        files = f"{CHECKPOINT}, log.csv, curve.png, summary.json, {PREDICTIONS}"
         print(f"In {checkpoint.parent}: {files}, and events for TensorBoard")
     return History(run.rows, run.best.eval(), result.predictions, result.top1)
 

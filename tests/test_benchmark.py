@@ -6,32 +6,32 @@ import torch
 from convnext_min import measure
 from convnext_min.convnext import convnext_atto
 from convnext_min.experiments import benchmark
-from convnext_min.experiments.benchmark import Contestant, Setting
+from convnext_min.experiments.benchmark import Setting, Shape, Workload
 
 EAGER = Setting("fp32", "NCHW", "eager")
 
 
-@pytest.mark.parametrize("name", benchmark.CONTESTANTS)
-def test_all_contestants_have_the_same_sizes_and_take_a_step(name):
-    contestant = Contestant(name, "convnext_atto", Setting("bf16", "channels-last", "eager"), 32, 2, "train")
-    assert measure.count_parameters(contestant.model) == measure.count_parameters(convnext_atto())
-    before = [parameter.detach().clone() for parameter in contestant.model.parameters()]
-    contestant.step()
-    assert not any(torch.equal(old, new) for old, new in zip(before, contestant.model.parameters()))
+@pytest.mark.parametrize("name", benchmark.IMPLEMENTATIONS)
+def test_all_implementations_have_the_same_sizes_and_take_a_step(name):
+    workload = Workload(name, Setting("bf16", "channels-last", "eager"), Shape("convnext_atto", 32, 2, "train"))
+    assert measure.count_parameters(workload.model) == measure.count_parameters(convnext_atto())
+    before = [parameter.detach().clone() for parameter in workload.model.parameters()]
+    workload.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, workload.model.parameters()))
 
 
 def test_the_outcome_names_every_setting_and_the_ratio_is_that_of_the_rounds(monkeypatch):
     pace = {"convnext_min": 30.0, "timm": 10.0}
-    monkeypatch.setattr(Contestant, "speed", lambda self, seconds: pace[self.name] * (2 if self.bf16 else 1))
-    original = Contestant.__init__
+    monkeypatch.setattr(Workload, "speed", lambda self, seconds: pace[self.name] * (2 if self.bf16 else 1))
+    original = Workload.__init__
 
-    def init(self, name, model, setting, *rest):
-        original(self, name, model, setting, *rest)
+    def init(self, name, setting, shape):
+        original(self, name, setting, shape)
         self.name, self.bf16 = name, setting.amp == "bf16"
 
-    monkeypatch.setattr(Contestant, "__init__", init)
+    monkeypatch.setattr(Workload, "__init__", init)
     settings = [EAGER, EAGER._replace(amp="bf16")]
-    outcome = benchmark.contest(["timm"], "convnext_atto", 32, 2, "infer", rounds=2, settings=settings)
+    outcome = benchmark.benchmark(["timm"], "convnext_atto", 32, 2, "infer", rounds=2, settings=settings)
     timm = outcome["results"]["timm"]
     assert timm["trials"] == {"fp32, NCHW, eager": 10.0, "bf16, NCHW, eager": 20.0}
     assert timm["setting"] == "bf16, NCHW, eager"
@@ -49,7 +49,8 @@ def test_settings_are_the_whole_product_of_what_the_cpu_has_instructions_for(abl
 
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.contest, "__defaults__", (*benchmark.contest.__defaults__[:-2], 0.01, (EAGER,)))
+    monkeypatch.setattr(benchmark, "native_settings", lambda: [EAGER])
+    monkeypatch.setattr(Workload, "speed", lambda self, seconds: 10.0)
     options = ["--model", "convnext_atto", "--resolution", "32", "--batch", "2", "--mode", "infer", "--rounds", "1"]
     benchmark.main(["official", *options, "--output", str(tmp_path)])
     outcome = json.loads((tmp_path / "infer-convnext_atto-32px-batch2.json").read_text())
@@ -67,6 +68,6 @@ def test_unknown_names_are_refused_with_those_that_are_known(options, valid, tmp
 
 
 @pytest.mark.parametrize("options", [("--resolution", "16"), ("--batch", "0"), ("--rounds", "0")])
-def test_a_contest_of_nothing_is_refused_before_it_begins(options, tmp_path):
-    with pytest.raises(SystemExit, match="error: it takes 32 px, an image and a round at least"):
+def test_sizes_that_are_too_small_are_refused(options, tmp_path):
+    with pytest.raises(SystemExit, match="error: resolution must be at least 32, batch size and rounds at least 1"):
         benchmark.main(["timm", *options, "--output", str(tmp_path)])

@@ -1,0 +1,282 @@
+"""Train the trials of an experiment with several seeds and keep the results as tables.
+
+`python -m convnext_min.experiments road --output book/results` writes a folder "road" with runs.csv (a row per run),
+summary.csv (a row per trial), curves.csv (the logs), predictions.npz (the predicted class of each image) and card.json
+(commands, commits, versions, machine). Each run is one `convnext_min.train` in its own process. Interrupted runs are
+resumed, and runs that the folder has are not repeated. Top-1 is in percent in runs.csv and summary.csv; curves.csv
+repeats the trainer's logs, in which it is a fraction.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from convnext_min.environment import environment
+from convnext_min.experiments.trials import EXPERIMENTS, Trial
+
+RUNS, SUMMARY, CURVES, PREDICTIONS, CARD = "runs.csv", "summary.csv", "curves.csv", "predictions.npz", "card.json"
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` when the block ends without an error."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    partial.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, or none if the file does not exist."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as CSV; the columns are those of all rows, and a missing value is empty."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    with atomic_path(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file by their names, or none if the file does not exist."""
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        return dict(file)
+
+
+def key(trial: str, seed: int | str) -> str:
+    """Return the name of a run's array in predictions.npz."""
+    return f"{trial}/{seed}"
+
+
+class Result(NamedTuple):
+    """One run: its row in runs.csv, predictions and labels of its images, both (N,), and the rows of its log."""
+
+    row: Row
+    predictions: np.ndarray
+    labels: np.ndarray
+    curve: list[Row]
+
+
+@dataclass
+class Results:
+    """The tables of an experiment in `folder`."""
+
+    folder: Path
+    rows: list[Row]
+    predictions: dict[str, np.ndarray]  # by `key`, and the true classes as "labels": each (N,)
+    curves: list[Row]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Return what earlier runs left in `folder`, which need not exist."""
+        return cls(
+            folder, read_rows(folder / RUNS), read_arrays(folder / PREDICTIONS), list(read_rows(folder / CURVES))
+        )
+
+    def add(self, result: Result) -> None:
+        """Add a run. Raises RuntimeError if it was evaluated on other images than the runs before."""
+        if not np.array_equal(result.labels, self.predictions.setdefault("labels", result.labels)):
+            run = f"{result.row['trial']}, seed {result.row['seed']}"
+            raise RuntimeError(f"{run}, was evaluated on other images than {self.folder}: take another --output")
+        self.rows.append(result.row)
+        self.predictions[key(result.row["trial"], result.row["seed"])] = result.predictions
+        self.curves += result.curve
+
+    def write(self, name: str, commands: list[list[str]]) -> None:
+        """Write all tables and the card; each file is complete at any moment."""
+        write_rows(self.rows, self.folder / RUNS)
+        write_rows(self.curves, self.folder / CURVES)
+        write_rows(summarize(self.rows), self.folder / SUMMARY)
+        with atomic_path(self.folder / PREDICTIONS) as partial, open(partial, "wb") as file:
+            np.savez_compressed(file, **self.predictions)
+        with atomic_path(self.folder / CARD) as partial:
+            partial.write_text(json.dumps(card(name, self.rows, commands), indent=2) + "\n")
+
+    def commands(self) -> list[list[str]]:
+        """Return the commands that made the rows so far, followed by this process's command if it is a new one."""
+        path, command = self.folder / CARD, environment()["command"]
+        earlier = json.loads(path.read_text())["commands"] if path.exists() else []
+        return earlier if command in earlier else [*earlier, command]
+
+
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """Return one row per trial: mean and standard deviation of top-1 in percent, number of runs, mean CPU time."""
+    by_trial = defaultdict(list)
+    for row in rows:
+        by_trial[row["trial"]].append(row)
+    return [
+        {
+            "trial": trial,
+            "top1": round(mean(top1 := [float(run["top1"]) for run in runs]), 2),
+            "std": round(stdev(top1), 2) if len(runs) > 1 else "",
+            "seeds": len(runs),
+            "cpu_seconds": round(mean(float(run["cpu_seconds"]) for run in runs)),
+            "parameters": runs[0]["parameters"],
+        }
+        for trial, runs in by_trial.items()
+    ]
+
+
+def card(name: str, rows: Sequence[Row], commands: list[list[str]]) -> dict[str, Any]:
+    """Return how the rows were made: commands, commits, versions, machines and core-hours."""
+    now = environment()
+    return {
+        "experiment": name,
+        "commands": commands,
+        "commits": sorted({row["commit"] for row in rows if row["commit"]}),
+        "versions": now["versions"],
+        "machine": now["machine"],
+        "cpus": sorted({row["cpu"] for row in rows}),  # rows may come from several machines
+        "runs": len(rows),
+        "cpu_hours": round(sum(float(row["cpu_seconds"]) for row in rows) / 3600, 2),
+    }
+
+
+def run_trial(trial: Trial, seed: int, data: str | None, folder: Path, threads: int) -> Result:
+    """Train in a process of its own, in `folder`/work. Raises RuntimeError if it fails."""
+    work = folder / "work" / f"{trial.name}-{seed}".replace(" ", "_").replace("/", "by")
+    work.mkdir(parents=True, exist_ok=True)
+    command = ["-m", "convnext_min.train", "--output", str(work), "--resume", *(["--data", data] if data else [])]
+    with open(work / "output.txt", "a") as text:
+        done = subprocess.run(
+            [sys.executable, *command, *trial.options(seed)],
+            stdout=text,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+    if done.returncode:
+        raise RuntimeError(f"{trial.name}, seed {seed}, stopped with code {done.returncode}; see {work}/output.txt")
+    for weights in work.glob("*.pt"):
+        weights.unlink()
+    return read_result(trial, seed, work, threads)
+
+
+def read_result(trial: Trial, seed: int, work: Path, threads: int) -> Result:
+    """Return the result of a finished run from the files that `convnext_min.train` wrote into `work`."""
+    summary, arrays = json.loads((work / "summary.json").read_text()), read_arrays(work / PREDICTIONS)
+    row = {
+        "trial": trial.name,
+        "seed": seed,
+        "top1": round(100 * summary["top1"], 3),
+        **{name: summary[name] for name in ("images", "steps", "seconds", "cpu_seconds", "parameters")},
+        "data": summary["source"],
+        "options": shlex.join(trial.options(seed)),
+        "recipe": json.dumps(summary["recipe"]),
+        "commit": summary["commit"],
+        "torch": summary["versions"]["torch"],
+        "cpu": summary["machine"]["cpu"],
+        "threads": threads,
+    }
+    curve = [{"trial": trial.name, "seed": seed} | point for point in read_rows(work / "log.csv")]
+    return Result(row, arrays["answers"], arrays["labels"], curve)
+
+
+def select(name: str, trials: Sequence[str] | None) -> list[Trial]:
+    """Return the trials of an experiment, or the named ones. Raises ValueError, listing the valid names."""
+    known = {trial.name: trial for trial in EXPERIMENTS[name]}
+    for wanted in trials or ():
+        if wanted not in known:
+            raise ValueError(f"{name} has no trial {wanted!r}; valid: {', '.join(known)}")
+    return [known[wanted] for wanted in trials or known]
+
+
+def run(
+    name: str,
+    output: Path,
+    seeds: int,
+    data: str | None = None,
+    workers: int = 1,
+    trials: Sequence[str] | None = None,
+) -> list[Row]:
+    """Train what `output`/`name` lacks, first all trials with seed 0, then with seed 1, and return all rows.
+
+    `workers` runs share the cores at a time. `trials` names the trials to run, by default all. Raises ValueError,
+    listing what is valid, for an unknown trial and for seeds or workers below 1; RuntimeError, after all other runs,
+    if runs failed or were evaluated on other images than the rows before.
+    """
+    if seeds < 1 or workers < 1:
+        raise ValueError(f"seeds and workers must be positive, got {seeds} and {workers}")
+    chosen, folder = select(name, trials), output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results.read(folder)
+    commands = results.commands()
+    done = {(row["trial"], int(row["seed"])) for row in results.rows}
+    jobs = [(trial, seed) for seed in range(seeds) for trial in chosen if (trial.name, seed) not in done]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+
+    def keep(result: Result) -> None:
+        results.add(result)
+        results.write(name, commands)
+
+    failures = _run_all(jobs, lambda trial, seed: run_trial(trial, seed, data, folder, threads), keep, workers, name)
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return results.rows
+
+
+def _run_all(
+    jobs: Sequence[tuple[Trial, int]],
+    train: Callable[[Trial, int], Result],
+    keep: Callable[[Result], None],
+    workers: int,
+    name: str,
+) -> list[str]:
+    """Train all jobs, keep each result as it comes, and return the messages of those that failed."""
+    failures = []
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=name, unit="run") as bar:
+        futures = [pool.submit(train, trial, seed) for trial, seed in jobs]
+        try:
+            for future in as_completed(futures):
+                bar.update()
+                try:
+                    keep(future.result())
+                except RuntimeError as error:
+                    failures.append(str(error))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments", description=__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; by default Imagenette")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="the experiment gets a folder in it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", nargs="+", metavar="NAME", help="only these trials of the experiment")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time; they share the cores")
+    args = parser.parse_args(argv)
+    try:
+        rows = run(args.experiment, args.output, args.seeds, args.data, args.workers, args.trials)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
+    for row in summarize(rows):
+        print(f"{row['trial']:<28} {row['top1']:>6.2f} ± {row['std'] or 0:.2f} % ({row['seeds']} seeds)")

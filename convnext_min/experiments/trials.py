@@ -1,0 +1,169 @@
+"""The experiments of the book, each a list of `Trial`s; `convnext_min.experiments.run` trains them."""
+
+from dataclasses import dataclass
+
+from convnext_min.roadmap import STEPS
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of a summary: a model, a recipe, the settings that differ from it, and other options of the trainer."""
+
+    name: str
+    model: str
+    recipe: str
+    settings: tuple[str, ...] = ()  # "key=value"
+    arguments: tuple[str, ...] = ()
+
+    def options(self, seed: int) -> list[str]:
+        """Return the options of `convnext_min.train` that repeat the run, except the folders of data and output."""
+        options = ["--recipe", self.recipe, "--model", self.model, "--seed", str(seed), *self.arguments]
+        return [*options, "--set", *self.settings] if self.settings else options
+
+
+HOLDOUT = ("--holdout",)  # evaluate on a tenth of the training images: choices must not see the validation images
+
+# ---- Small data: which changes make the plain recipe better?
+
+_THREE = ("stem=overlapping", "init=fan_in", "layer_scale_init=0.2")
+_FOUR = (*_THREE, "optimizer=muon")
+SMALL_DATA_CHANGES = {
+    "plain": (),
+    "layer scale 0.2": ("layer_scale_init=0.2",),
+    "fan-in init": ("init=fan_in",),
+    "overlapping stem": ("stem=overlapping",),
+    "stem, init, layer scale": _THREE,
+    "stem, init, layer scale, Muon": _FOUR,
+    "these four, learning rate / 2": (*_FOUR, "base_lr=1e-3"),
+    "these four, learning rate x 2": (*_FOUR, "base_lr=4e-3"),
+    "these four, learning rate x 4": (*_FOUR, "base_lr=8e-3"),
+    "these four, learning rate x 8": (*_FOUR, "base_lr=1.6e-2"),
+    "these four, learning rate x 16": (*_FOUR, "base_lr=3.2e-2"),
+    "Muon, learning rate x 8": ("optimizer=muon", "base_lr=1.6e-2"),
+    "these four, batch 128": (*_FOUR, "batch_size=128"),
+    "these four, CutMix": (*_FOUR, "cutmix=1.0"),
+    "these four, weight decay x 4": (*_FOUR, "weight_decay=0.2"),
+    "learning rate / 2": ("base_lr=1e-3",),
+    "learning rate x 2": ("base_lr=4e-3",),
+    "steps instead of the cosine": ("schedule=steps",),
+    "gradient clipping": ("clip_grad=1.0",),
+    "Muon": ("optimizer=muon",),
+    "batch 32": ("batch_size=32",),
+    "batch 128": ("batch_size=128",),
+    "no average of weights": ("ema_decay=0.0",),
+    "64 px throughout": ("progressive=()", "resolution=64"),
+    "96 px throughout": ("progressive=()",),
+    "crops of 8% and more": ("crop_scale=(0.08, 1.0)",),
+    "crops of 60% and more": ("crop_scale=(0.6, 1.0)",),
+    "CutMix": ("cutmix=1.0",),
+    "Mixup": ("mixup=0.2",),
+    "half the width, 8 epochs": ("dims=(20, 40, 80, 160)", "epochs=8"),
+    "half the depth, 8 epochs": ("depths=(1, 1, 3, 1)", "epochs=8"),
+    "learning rate x 40": ("base_lr=0.08",),  # the symptom of the official repository's issue 39
+    "average longer than the run": ("ema_horizon=None",),
+}
+
+# ---- Parts of the paper's recipe, each added to or removed from the plain one
+
+PAPER_RECIPE_CHANGES = {
+    "plain": (),
+    "no layer scale": ("layer_scale_init=0.0",),
+    "layer scale 0.2": ("layer_scale_init=0.2",),
+    "stochastic depth 0.1": ("drop_path=0.1",),
+    "no average of weights": ("ema_decay=0.0",),
+    "average with decay 0.9999 throughout": ("ema_horizon=None",),
+    "no label smoothing": ("label_smoothing=0.0",),
+    "Mixup": ("mixup=0.8",),
+    "CutMix": ("cutmix=1.0",),
+    "random erasing": ("erasing=0.25",),
+}
+
+# ---- The road: its learning rates, its ends, and explanations of its course
+
+ENDS = ("resnet50", "convnext")
+LR_NETWORKS = {"road": ("resnet50", "inverted", "gelu", "convnext"), "road-classic": ENDS}
+LR_VALUES = {"road": (1e-3, 2e-3, 4e-3, 8e-3), "road-classic": (0.025, 0.1, 0.4)}
+ROAD_LRS = (1e-3, 2e-3, 4e-3, 8e-3)
+INITS = {"truncated normal 0.02": "paper", "fan-in": "fan_in"}
+EXPLANATIONS = {"as on the road": (), "fan-in init": ("init=fan_in",), "half the rate": ("base_lr=0.002",)}
+
+NETWORKS = {
+    "resnet50": ("resnet50", ()),
+    "convnext": ("convnext", ()),
+    "convnext, fan-in init": ("convnext", ("init=fan_in",)),
+}
+CONDITIONS = {  # a part of the images with as many iterations as all of them; a longer run; larger images
+    "10% of the images": ("fraction=0.1", "epochs=90"),
+    "30% of the images": ("fraction=0.3", "epochs=30"),
+    "all images": (),
+    "three times the epochs": ("epochs=27",),
+    "128 px": ("resolution=128", "eval_resolution=128"),
+}
+
+# ---- The road's networks with the recipe for small data: Muon, and 64 px before 96 px
+
+SMALL_RECIPE = ("optimizer=muon", "progressive=((0.6, 64),)")
+SMALL_RECIPE_STEPS = ("resnet50", "fewer_acts", "convnext")
+SMALL_RECIPE_LRS = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+
+
+def _at_lrs(steps, lrs, settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
+    """Return a trial for each step of the road and each learning rate."""
+    return [
+        Trial(f"{step}, {lr:g}", f"road:{step}", "road", (*settings, f"base_lr={lr}"), arguments)
+        for step in steps
+        for lr in lrs
+    ]
+
+
+EXPERIMENTS = {
+    "small_data_ablation": [
+        Trial(name, "convnext_atto", "imagenette", changes, HOLDOUT) for name, changes in SMALL_DATA_CHANGES.items()
+    ],
+    "paper_recipe_ablation": [
+        Trial(name, "convnext_atto", "imagenette", changes) for name, changes in PAPER_RECIPE_CHANGES.items()
+    ],
+    "lr_sweep": [
+        Trial(
+            f"{step}, {lr:g}" + ", classic" * (recipe == "road-classic"),
+            f"road:{step}",
+            recipe,
+            (f"base_lr={lr}", "epochs=5"),
+            HOLDOUT,
+        )
+        for recipe in LR_VALUES
+        for step in LR_NETWORKS[recipe]
+        for lr in LR_VALUES[recipe]
+    ],
+    "road": [Trial(step, f"road:{step}", "road") for step in STEPS],
+    "road_init": [
+        Trial(f"{step}, {name}", f"road:{step}", "road", (f"init={init}",))
+        for step in ("fewer_acts", "fewer_norms", "layer_norm", "convnext")
+        for name, init in INITS.items()
+    ],
+    "road_lr": _at_lrs(STEPS, ROAD_LRS, ("epochs=5",), HOLDOUT),
+    "road_tuned": _at_lrs(STEPS, ROAD_LRS),  # `--trials` takes each step at the best rate of road_lr
+    "road_width": [
+        Trial(f"{step}, {name}", f"road:{step}", "road", ("width_multiplier=0.5", *changes))
+        for step in ENDS
+        for name, changes in (("one rule", ()), ("truncated normal 0.02", ("init=paper",)))
+    ],
+    # Does GELU gain because units of ReLU die at the road's rate, 4e-3? Then it gains less at lower rates.
+    "gelu_and_lr": _at_lrs(("kernel7", "gelu"), (1e-3, 2e-3)),
+    "recipe_by_architecture": [
+        Trial(f"{end}, {recipe}", f"road:{end}", recipe) for end in ENDS for recipe in ("road-classic", "road")
+    ],
+    "small_recipe_lr": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=5"), HOLDOUT),
+    # `--trials` takes each network at the best rate of small_recipe_lr.
+    "small_recipe_by_architecture": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=20")),
+    "init_and_lr": [
+        Trial(f"{step}, {name}", f"road:{step}", "road", changes)
+        for step in ("resnet50", "fewer_norms", "layer_norm", "convnext")
+        for name, changes in EXPLANATIONS.items()
+    ],
+    "data_and_length": [
+        Trial(f"{network}, {name}", f"road:{step}", "road", (*own, *changes))
+        for name, changes in CONDITIONS.items()
+        for network, (step, own) in NETWORKS.items()
+    ],
+}
