@@ -77,7 +77,7 @@ VARIANTS = {
 
 
 def list_pretrained(pattern: str = "*") -> list[tuple[str, str]]:
-    """Return (model, tag) of the official weights whose model matches `pattern`, such as "*tiny"."""
+    """Return (model, tag) of the official weights whose model matches `pattern`, such as `"*tiny"`."""
     return [(model, tag) for model, tags in PRETRAINED.items() for tag in tags if fnmatch.fnmatch(model, pattern)]
 
 

@@ -99,5 +99,6 @@ def test_one_search_bar():
 
 def test_the_reference_covers_every_module():
     page = (ROOT / "book" / "api.md").read_text()
-    modules = {path.stem for path in (ROOT / "convnext_min").glob("*.py")} - {"__init__"}
-    assert set(re.findall(r"^## (\w+)$", page, re.MULTILINE)) == modules
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "convnext_min").rglob("*.py")]
+    modules = {".".join(path.parts).removesuffix(".__init__") for path in files if path.name != "__main__"}
+    assert set(re.findall(r"automodule:: ([\w.]+)$", page, re.MULTILINE)) == modules - {"convnext_min"}

@@ -368,7 +368,7 @@ def _folder(
 
 
 def convert_nuclei(raw: Path, done: Path, expected: int = 334) -> None:
-    """Write images/ and labels/ from the archive's <id>/images/<id>.png and <id>/masks/*.png, the 256x256 images only.
+    """Write images/ and labels/ from the archive's `<id>/images/<id>.png` and `<id>/masks/*.png` of 256x256 pixels.
 
     Raises ValueError if there are not as many as `expected`.
     """
