@@ -17,7 +17,7 @@ from torch import nn
 
 from convnext_min import blocks, convnext
 from convnext_min.fast.block import BlockFunction, FastBlock, FastRoadBlock
-from convnext_min.fast.layers import FastDepthwise, FastGELU, FastPatchify, is_patchify, is_plain_depthwise
+from convnext_min.fast.layers import FastDepthwise, FastGELU, FastPatchify, is_depthwise, is_patchify
 
 __all__ = ["BlockFunction", "FastBlock", "FastDepthwise", "FastGELU", "FastPatchify", "FastRoadBlock"]
 __all__ += ["accelerate", "restore"]
@@ -31,14 +31,18 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Replace every plain depthwise and patchify convolution and every GELU, in any model (ours, timm's, torchvision's),
     and the ConvNeXt blocks of this package. Only the class of the modules changes, so hooks, optimizers, copies and
-    pickles go on working. Without gradients (inference) only the blocks are computed differently. On other devices
-    than the CPU, in float64, under torch.compile and without a C++ compiler, PyTorch's own operations are used.
+    pickles go on working. Without gradients (inference) only the blocks are computed differently.
+
+    The faster computation is used for float32 weights on a CPU, without autocast or under bfloat16 autocast. Everything
+    else is left to PyTorch's own operations, as in the plain model: tracing, exporting and compiling, the transforms of
+    torch.func, second derivatives, subclasses of Tensor, layers with hooks or another `forward`, other devices and
+    number formats, and machines without a C++ compiler. Outputs can be channels-last in memory.
     """
     keep_freed_memory()
     for module in model.modules():
-        if is_plain_depthwise(module):
+        if type(module) is nn.Conv2d and is_depthwise(module):
             module.__class__ = FastDepthwise
-        elif is_patchify(module):
+        elif type(module) is nn.Conv2d and is_patchify(module):
             module.__class__ = FastPatchify
         elif type(module) in REPLACED:
             module.__class__ = REPLACED[type(module)]

@@ -1,25 +1,33 @@
 """A ConvNeXt block as one autograd function: two matrix products, and single passes over the memory around them."""
 
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from convnext_min import blocks, convnext
-from convnext_min.fast.kernels import PARTS, able, matmul_dtype, run
-from convnext_min.fast.layers import FastDepthwise, FastGELU, depthwise_input_grad, depthwise_weight_grad
+from convnext_min.fast.kernels import PARTS, is_eager, is_ordinary, kernels, matmul_dtype, run
+from convnext_min.fast.layers import (
+    FastDepthwise,
+    FastGELU,
+    depthwise_input_grad,
+    depthwise_weight_grad,
+    is_depthwise,
+    is_original,
+    needs_pytorch,
+)
 
 
 class BlockFunction(Function):
     """Compute a ConvNeXt block, x (N, C, H, W) in float32 to the same shape, with matrix products in `dtype`.
 
-    Call `forward` with None as `ctx` to keep nothing for the backward pass. `keep` (N, 1, 1, 1) is the factor by which
-    stochastic depth multiplies each image's branch. The weights of the two linear layers are (4C, C) and (C, 4C);
-    `gamma` is (C,). A row below is one pixel of one image. LayerNorm's weight and bias, `scale` and `shift`, are
-    folded into the first linear layer: W (scale * x + shift) + b = (W scale) x + (W shift + b).
+    Call `forward` with None as `ctx` to keep nothing for the backward pass. `x` is channels-last. `keep` (N, 1, 1, 1)
+    is the factor by which stochastic depth multiplies each image's branch. The weights of the two linear layers are
+    (4C, C) and (C, 4C); `gamma` is (C,). A row below is one pixel of one image. LayerNorm's weight and bias, `scale`
+    and `shift`, are folded into the first linear layer: W (scale * x + shift) + b = (W scale) x + (W shift + b).
     """
 
     @staticmethod
@@ -27,10 +35,9 @@ class BlockFunction(Function):
     def forward(ctx, dtype, eps, x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep):
         n, c, h, w = x.shape
         rows = n * h * w
-        x = x.contiguous(memory_format=torch.channels_last)
         conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=c)
         conv = conv.contiguous(memory_format=torch.channels_last)
-        normed, stds = torch.empty(rows, c, dtype=dtype), torch.empty(rows)
+        normed, stds = x.new_empty(rows, c, dtype=dtype), x.new_empty(rows)
         run(dtype, "normalize", rows, c, eps, conv, normed, stds)
         folded1, cast2 = (weight1 * scale).to(dtype), weight2.to(dtype)
         hidden, folded_bias = normed @ folded1.t(), weight1 @ shift + bias1
@@ -43,21 +50,26 @@ class BlockFunction(Function):
         y = torch.empty_like(x)
         run(dtype, "scale_add", rows, c, h * w, x, branch, bias2, gamma, keep, y)
         if ctx is not None:
-            kept = x, normed, stds, slope, hidden, branch, kernel, scale, shift, weight1, folded1, cast2, bias2
-            ctx.save_for_backward(*kept, gamma, keep)
+            inputs = x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep
+            saved = *inputs, normed, stds, slope, hidden, branch, folded1, cast2
+            ctx.save_for_backward(*saved)
+            ctx.dtype, ctx.eps, ctx.kinds = dtype, eps, _kinds(saved)
         return y
 
     @staticmethod
-    @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        x, normed, stds, slope, hidden, branch, kernel, scale, shift, weight1, folded1, cast2, bias2, gamma, keep = (
-            ctx.saved_tensors
-        )
+        saved = ctx.saved_tensors
+        if needs_pytorch(grad, *saved) or _kinds(saved) != ctx.kinds:
+            return None, None, *_pytorch_gradients(ctx, grad, saved[:11])
+        x = saved[0].contiguous(memory_format=torch.channels_last)
+        rest = [tensor.contiguous() for tensor in saved[1:]]  # saved-tensor hooks may have changed the layout
+        kernel, _, scale, shift, weight1, _, _, bias2, gamma, keep = rest[:10]
+        normed, stds, slope, hidden, branch, folded1, cast2 = rest[10:]
         n, c, h, w = x.shape
-        rows, dtype, padding = n * h * w, branch.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
+        rows, dtype, padding = n * h * w, ctx.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        d_branch, sums, d_bias1 = torch.empty_like(branch), torch.zeros(3, PARTS, c), torch.zeros(PARTS, 4 * c)
+        d_branch, sums, d_bias1 = torch.empty_like(branch), x.new_zeros(3, PARTS, c), x.new_zeros(PARTS, 4 * c)
         run(dtype, "scale_add_back", PARTS, rows, c, h * w, grad, branch, bias2, gamma, keep, d_branch, *sums[:2])
         d_weight2 = d_branch.t() @ hidden
         d_hidden = d_branch @ cast2
@@ -75,50 +87,108 @@ class BlockFunction(Function):
         return None, None, d_x, d_kernel, d_kernel_bias, d_scale, d_shift, *linear, d_gamma, None
 
 
-PARTS_OF_BLOCK = (FastDepthwise, nn.LayerNorm, convnext.LayerNorm, nn.Linear, nn.Conv2d, FastGELU)
+def _kinds(tensors) -> list[tuple]:
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def _pytorch_gradients(ctx, grad: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Return the gradients of `BlockFunction`'s tensors through PyTorch's operations: slower, but differentiable."""
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype == torch.bfloat16):
+        inputs = [tensor.view_as(tensor) for tensor in inputs]  # separate, should two of them be one parameter
+        x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep = inputs
+        conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=len(kernel))
+        normed = F.layer_norm(conv.permute(0, 2, 3, 1), scale.shape, scale, shift, ctx.eps)
+        branch = gamma * F.linear(F.gelu(F.linear(normed, weight1, bias1)), weight2, bias2)
+        y = x + keep * branch.permute(0, 3, 1, 2)
+    needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad[2:]) if needs]
+    gradients = iter(torch.autograd.grad(y, needed, grad, create_graph=torch.is_grad_enabled()))
+    return [next(gradients) if needs else None for needs in ctx.needs_input_grad[2:]]
 
 
 class _Fast:
-    """Compute a block by `BlockFunction` where that gives the same, elsewhere by the next class's `forward`."""
+    """Compute a block by `BlockFunction` where that gives the same, elsewhere by the plain block's `forward`."""
 
+    kinds: tuple[type, ...]  # classes that dwconv, norm, pwconv1, act, pwconv2 and drop_path must have
+    pointwise: tuple[int, ...]  # shape of the kernels of the 1x1 convolutions, () for linear layers
+
+    def _fused(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        keep = self.drop_path(x.new_ones(len(x), 1, 1, 1, dtype=torch.float32))
+        x = x.to(torch.float32, memory_format=torch.channels_last)
+        weights = [weight.contiguous() for weight in self._weights()]
+        weights[4], weights[6] = weights[4].flatten(1), weights[6].flatten(1)  # a 1x1 convolution's has four axes
+        gamma = weights[8:] or [x.new_ones(x.shape[1])]
+        compute = BlockFunction.apply if torch.is_grad_enabled() else partial(BlockFunction.forward, None)
+        return compute(dtype, self.norm.eps, x, *weights[:8], *gamma, keep)
+
+    def _can_fuse(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether the block has the layers and shapes that kernels.cpp assumes, without hooks on them."""
+        return (
+            is_eager()
+            and is_original()
+            and not _has_any_global_hook()
+            and all(map(is_untouched, self._layers(), self.kinds))
+            and is_ordinary(x, *self._weights())
+            and x.ndim == 4
+            and self._has_known_shapes(x.shape[1])
+            and self.act.approximate == "none"
+            and kernels(dtype) is not None
+        )
+
+    def _layers(self) -> tuple[nn.Module, ...]:
+        return self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path
+
+    def _weights(self) -> list[Tensor | None]:
+        layers, gamma = (self.dwconv, self.norm, self.pwconv1, self.pwconv2), getattr(self, "gamma", None)
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)] + [gamma] * (gamma is not None)
+
+    def _has_known_shapes(self, c: int) -> bool:
+        conv, size, one, weights = self.dwconv, self.dwconv.kernel_size[0], self.pointwise, self._weights()
+        centred = conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2) and size % 2 == 1
+        shapes = (c, 1, size, size), (c,), (c,), (c,), (4 * c, c, *one), (4 * c,), (c, 4 * c, *one), (c,), (c,)
+        return (
+            (is_depthwise(conv) and centred and conv.stride == (1, 1))
+            and all(tuple(weight.shape) == shape for weight, shape in zip(weights, shapes))
+            and all(is_pointwise(layer) for layer in (self.pwconv1, self.pwconv2))
+        )
+
+
+class FastBlock(_Fast, convnext.Block):
+    """Compute `convnext.Block` as one operation."""
+
+    kinds = (FastDepthwise, nn.LayerNorm, nn.Linear, FastGELU, nn.Linear, convnext.DropPath)
+    pointwise = ()
+
+    @wraps(convnext.Block.forward)
     def forward(self, x: Tensor) -> Tensor:
         dtype = matmul_dtype(x)
         if not self._can_fuse(x, dtype):
             return super().forward(x)
-        keep = self.drop_path(torch.ones(len(x), 1, 1, 1))
-        compute = BlockFunction.apply if torch.is_grad_enabled() else partial(BlockFunction.forward, None)
-        return compute(dtype, self.norm.eps, x.float(), *self._weights(), keep)
-
-    def _can_fuse(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether the block has the layers and shapes that kernels.cpp assumes, and none of them has a hook."""
-        conv, parts = self.dwconv, (self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2)
-        if type(conv) is not FastDepthwise or any(type(part) not in PARTS_OF_BLOCK for part in parts):
-            return False
-        if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
-            return False
-        size, c = conv.kernel_size[0], x.shape[1]
-        centred = conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2) and size % 2
-        if not centred or conv.stride != (1, 1) or self.act.approximate != "none":
-            return False
-        if not able(
-            dtype, x, *[tensor for part in parts if part is not self.act for tensor in (part.weight, part.bias)]
-        ):
-            return False
-        shapes = [(c, 1, size, size), (c,), (c,), (c,), (4 * c, c), (4 * c,), (c, 4 * c), (c,), (c,)]
-        return [tuple(weight.shape) for weight in self._weights()] == shapes
-
-    def _weights(self) -> list[Tensor]:
-        """Return the weights in the order of `BlockFunction.forward`, those of 1x1 convolutions as matrices."""
-        conv, norm, linear1, linear2 = self.dwconv, self.norm, self.pwconv1, self.pwconv2
-        gamma = getattr(self, "gamma", None)
-        gamma = torch.ones_like(linear2.bias) if gamma is None else gamma
-        matrices = linear1.weight.flatten(1), linear1.bias, linear2.weight.flatten(1), linear2.bias
-        return [conv.weight, conv.bias, norm.weight, norm.bias, *matrices, gamma]
-
-
-class FastBlock(_Fast, convnext.Block):
-    """`convnext.Block` as one operation."""
+        return self._fused(x, dtype)
 
 
 class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
-    """`blocks.ConvNeXtBlock` as one operation: the same block with 1x1 convolutions for the linear layers."""
+    """Compute `blocks.ConvNeXtBlock`, the same block with 1x1 convolutions for the linear layers, as one operation."""
+
+    kinds = (FastDepthwise, convnext.LayerNorm, nn.Conv2d, FastGELU, nn.Conv2d, convnext.DropPath)
+    pointwise = (1, 1)
+
+    @wraps(blocks.ConvNeXtBlock.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = matmul_dtype(x)
+        if not self._can_fuse(x, dtype):
+            return super().forward(x)
+        return self._fused(x, dtype)
+
+
+def is_untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether calling `part` does what its class `kind` does: no hooks, no `forward` of its own."""
+    if type(part) is not kind or "forward" in vars(part) or part._compiled_call_impl is not None:
+        return False
+    return not any((part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks))
+
+
+def is_pointwise(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Return whether `layer` is a linear layer or a convolution that treats every pixel as one."""
+    return isinstance(layer, nn.Linear) or (
+        layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    )

@@ -1,8 +1,8 @@
-// What a ConvNeXt block computes around its two matrix products, each in one pass over the memory. Compiled by
-// kernels.py, with -DT=float, or for autocast with -DT=bf16: T is what the matrix products read and write; the rest is
-// float.
-// Arrays are channels-last: rows are pixels, columns the C channels. Sums over rows come in `parts`, each of which one
-// thread fills, and are added by the caller, so that results do not depend on the number of threads.
+// The parts of a ConvNeXt block around its two matrix products, each in one pass over the memory. Compiled by
+// kernels.py with -DT=float, or with -DT=bf16 for autocast: T is the type that the matrix products read and write;
+// everything else is float. Arrays are channels-last: rows are pixels, columns the C channels. Sums over rows come in
+// `parts`, each filled by one thread, and the caller adds them, so that results do not depend on the number of threads.
+// Without OpenMP the loops run in one thread.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -54,9 +54,9 @@ inline void gelu_of(float s, float& value, float& slope) {
 extern "C" {
 
 // LayerNorm without its weight and bias: y = (x - mean) / std in each row; `scale` keeps 1 / std for the way back.
-void normalize(i64 rows, i64 C, float eps, const float* x, T* y, float* scale) {
+void normalize(int threads, i64 rows, i64 C, float eps, const float* x, T* y, float* scale) {
   const float inverse = 1.f / C;
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads)
   for (i64 r = 0; r < rows; r++) {
     const float* u = x + r * C;
     T* v = y + r * C;
@@ -73,9 +73,10 @@ void normalize(i64 rows, i64 C, float eps, const float* x, T* y, float* scale) {
 }
 
 // `sums` adds dx over the rows: the gradient of the bias of the convolution before.
-void normalize_back(i64 parts, i64 rows, i64 C, const T* dy, const T* y, const float* scale, float* dx, float* sums) {
+void normalize_back(int threads, i64 parts, i64 rows, i64 C, const T* dy, const T* y, const float* scale, float* dx,
+                    float* sums) {
   const float inverse = 1.f / C;
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads)
   for (i64 part = 0; part < parts; part++)
     for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
       const T *g = dy + r * C, *v = y + r * C;
@@ -93,8 +94,8 @@ void normalize_back(i64 parts, i64 rows, i64 C, const T* dy, const T* y, const f
 }
 
 // y = GELU(x + bias); x becomes the derivative, which is all that the way back needs.
-void bias_gelu(i64 rows, i64 C, T* x, const float* bias, T* y) {
-#pragma omp parallel for
+void bias_gelu(int threads, i64 rows, i64 C, T* x, const float* bias, T* y) {
+#pragma omp parallel for num_threads(threads)
   for (i64 r = 0; r < rows; r++) {
     T *u = x + r * C, *v = y + r * C;
 #pragma omp simd
@@ -107,8 +108,8 @@ void bias_gelu(i64 rows, i64 C, T* x, const float* bias, T* y) {
   }
 }
 
-void bias_gelu_in_place(i64 rows, i64 C, T* x, const float* bias) {
-#pragma omp parallel for
+void bias_gelu_in_place(int threads, i64 rows, i64 C, T* x, const float* bias) {
+#pragma omp parallel for num_threads(threads)
   for (i64 r = 0; r < rows; r++) {
     T* u = x + r * C;
 #pragma omp simd
@@ -120,18 +121,26 @@ void bias_gelu_in_place(i64 rows, i64 C, T* x, const float* bias) {
   }
 }
 
-void gelu(i64 n, const T* x, T* y, T* dydx) {
-#pragma omp parallel for simd
+void gelu(int threads, i64 n, const T* x, T* y) {
+#pragma omp parallel for simd num_threads(threads)
   for (i64 i = 0; i < n; i++) {
     float value, slope;
     gelu_of(x[i], value, slope);
     y[i] = value;
-    dydx[i] = slope;
   }
 }
 
-void bias_gelu_back(i64 parts, i64 rows, i64 C, T* dy, const T* slope, float* dbias) {  // dy becomes dx
-#pragma omp parallel for
+void gelu_back(int threads, i64 n, const T* x, const T* dy, T* dx) {
+#pragma omp parallel for simd num_threads(threads)
+  for (i64 i = 0; i < n; i++) {
+    float value, slope;
+    gelu_of(x[i], value, slope);
+    dx[i] = dy[i] * slope;
+  }
+}
+
+void bias_gelu_back(int threads, i64 parts, i64 rows, i64 C, T* dy, const T* slope, float* dbias) {  // dy becomes dx
+#pragma omp parallel for num_threads(threads)
   for (i64 part = 0; part < parts; part++)
     for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
       T* g = dy + r * C;
@@ -147,9 +156,9 @@ void bias_gelu_back(i64 parts, i64 rows, i64 C, T* dy, const T* slope, float* db
 }
 
 // y = shortcut + keep * gamma * (x + bias); stochastic depth's `keep` is one number for each image of `pixels` rows.
-void scale_add(i64 rows, i64 C, i64 pixels, const float* shortcut, const T* x, const float* bias, const float* gamma,
-               const float* keep, float* y) {
-#pragma omp parallel for
+void scale_add(int threads, i64 rows, i64 C, i64 pixels, const float* shortcut, const T* x, const float* bias,
+               const float* gamma, const float* keep, float* y) {
+#pragma omp parallel for num_threads(threads)
   for (i64 r = 0; r < rows; r++) {
     const float *s = shortcut + r * C, k = keep[r / pixels];
     const T* u = x + r * C;
@@ -159,9 +168,9 @@ void scale_add(i64 rows, i64 C, i64 pixels, const float* shortcut, const T* x, c
   }
 }
 
-void scale_add_back(i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, const T* x, const float* bias,
+void scale_add_back(int threads, i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, const T* x, const float* bias,
                     const float* gamma, const float* keep, T* dx, float* dbias, float* dgamma) {
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads)
   for (i64 part = 0; part < parts; part++)
     for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
       const float *g = dy + r * C, k = keep[r / pixels];
@@ -207,9 +216,10 @@ const i64 TILE = 4;  // neighbouring pixels that share what is in registers
 
 // dw[ky][kx][c] = sum over n, y, x of dy[n][y][x][c] * in[n][y + ky - K / 2][x + kx - K / 2][c].
 template <int K>
-void depthwise_back_of(i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy, float* dw) {
+void depthwise_back_of(int threads, i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy,
+                       float* dw) {
   const i64 P = K / 2, pitch = W + 2 * P + TILE, wide = W + TILE;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
   {
     std::vector<Pixel> image((H + 2 * P) * pitch), grad(H * wide);
 #pragma omp for collapse(2)
@@ -236,9 +246,9 @@ void depthwise_back_of(i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, c
   }
 }
 
-extern "C" void depthwise_back(i64 K, i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in, const float* dy,
-                               float* dw) {
+extern "C" void depthwise_back(int threads, i64 K, i64 parts, i64 N, i64 H, i64 W, i64 C, const float* in,
+                               const float* dy, float* dw) {
   auto of = K == 3 ? depthwise_back_of<3> : K == 5 ? depthwise_back_of<5> : K == 7 ? depthwise_back_of<7>
             : K == 9 ? depthwise_back_of<9> : depthwise_back_of<11>;
-  of(parts, N, H, W, C, in, dy, dw);
+  of(threads, parts, N, H, W, C, in, dy, dw);
 }

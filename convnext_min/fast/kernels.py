@@ -1,8 +1,15 @@
-"""Compile the loops of kernels.cpp when they are first needed, and call them with tensors."""
+"""Compile the loops of kernels.cpp when they are first needed, and call them with tensors.
+
+Addresses of memory are only taken from ordinary CPU tensors (`is_array`), and only while PyTorch computes at once
+(`is_eager`). Everything else (tracing, fake tensors, subclasses, transforms of torch.func) goes through PyTorch's own
+operations, so that it behaves as in the plain model.
+"""
 
 import ctypes
 import functools
 import os
+import shlex
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -10,40 +17,106 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # types of the matrix products: their names in kernels.cpp
 PARTS = 32  # partial sums over rows: see kernels.cpp
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+# Tried in this order. Apple's clang has no OpenMP, and older ones no -march=native; the loops then run in one thread.
+TARGETS = (
+    ["-fopenmp", "-march=native"],
+    ["-fopenmp-simd", "-march=native"],
+    ["-fopenmp-simd", "-mcpu=native"],
+    [],
+)
 
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Return the functions of kernels.cpp for matrix products in `dtype`, compiled in a second or two by CXX or "c++".
 
-    Without a C++ compiler warn once and return None. Each process compiles for itself, so that neither processes nor
-    machines that share a home disturb each other.
+    Without a C++ compiler or a temporary folder warn once and return None. Each process compiles for itself, so that
+    neither processes nor machines that share a home disturb each other.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(__file__).with_name("kernels.cpp"), Path(folder, "fast.so")
+    try:
+        # Windows cannot delete a library that is loaded.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            return _compile(dtype, Path(folder, "kernels.so"))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(f"training will be slower: kernels.cpp was not compiled ({reason})", stacklevel=2)
+        return None
+
+
+def _compile(dtype: torch.dtype, library: Path) -> ctypes.CDLL:
+    """Compile kernels.cpp to `library` with the first of `TARGETS` that this compiler takes, and load it.
+
+    Raise OSError, ValueError or CalledProcessError, of the first target, if none works.
+    """
+    source, errors = Path(__file__).with_name("kernels.cpp"), []
+    for target in TARGETS:
+        command = [*compiler(), *FLAGS, *target, f"-DT={TYPES[dtype]}", str(source), "-o", str(library)]
         try:
-            command = [os.environ.get("CXX", "c++"), *FLAGS, f"-DT={TYPES[dtype]}", source, "-o", library]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+            )
             return ctypes.CDLL(str(library))
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            warnings.warn(f"training will be slower: kernels.cpp was not compiled ({reason})", stacklevel=2)
-            return None
+            errors.append(error)
+    raise errors[0]
+
+
+def compiler() -> list[str]:
+    """Return the command that CXX names, with its arguments or wrapper, or "c++" if CXX is empty or not set."""
+    name = os.environ.get("CXX", "")
+    return [name] if shutil.which(name) else shlex.split(name) or ["c++"]
 
 
 def run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
-    """Call the function `name` of kernels.cpp with contiguous tensors, as pointers, and with integers and floats."""
+    """Call the function `name` of kernels.cpp with tensors, as pointers to their memory, and integers and floats.
 
-    def convert(value):
-        if isinstance(value, Tensor):
-            return ctypes.c_void_p(value.data_ptr())
-        return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+    Raise ValueError for a tensor that is not an array without gaps.
+    """
+    threads = ctypes.c_int(torch.get_num_threads())
+    getattr(kernels(dtype), name)(threads, *map(_argument, values))
 
-    getattr(kernels(dtype), name)(*map(convert, values))
+
+def _argument(value: Tensor | int | float):
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    if not isinstance(value, Tensor):
+        return ctypes.c_int64(value)
+    if not (is_array(value) and is_dense(value)):
+        raise ValueError(f"kernels.cpp needs a contiguous CPU tensor, got {type(value).__name__} {tuple(value.shape)}")
+    return ctypes.c_void_p(value.data_ptr())
+
+
+def is_eager() -> bool:
+    """Return whether operations run at once, and nothing traces, intercepts or transforms them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()  # make_fx, fake tensors, FLOP counters
+        or torch._C._len_torch_function_stack()  # torch.set_default_device
+        or torch._C._are_functorch_transforms_active()  # vmap, grad, jvp
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_array(tensor: Tensor | None) -> bool:
+    """Return whether `tensor` is an ordinary CPU tensor, whose values lie in memory as its strides say."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and torch._C._has_storage(tensor)  # neither sparse nor batched
+        and tensor.dtype in TYPES
+        and not (tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor())
+    )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether the values of `x` fill its memory without gaps, in NCHW or NHWC order."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -51,14 +124,13 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def able(dtype: torch.dtype, x: Tensor, *weights: Tensor) -> bool:
-    """Return whether kernels.cpp can compute: plain tensors of known types on a CPU, and nothing is traced."""
+def is_ordinary(x: Tensor, *weights: Tensor | None) -> bool:
+    """Return whether a layer of float32 `weights` is applied to `x` eagerly, in float32 or under bfloat16 autocast."""
     return (
-        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
-        and all(t.dtype == torch.float32 for t in weights)
-        and dtype in TYPES
-        and x.dtype in TYPES
-        and x.ndim == 4
-        and not torch.compiler.is_compiling()
-        and kernels(dtype) is not None
+        is_eager()
+        and all(map(is_array, (x, *weights)))
+        and all(weight.dtype == torch.float32 for weight in weights)
+        and (x.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
+        and matmul_dtype(x) in TYPES
+        and x.numel() > 0
     )

@@ -1,15 +1,27 @@
 """Depthwise and patchify convolutions and GELU that train faster on a CPU than PyTorch's, with the same parameters.
 
-Each subclasses PyTorch's layer and calls its `forward` where there is nothing to gain.
+Each subclasses PyTorch's layer and calls its `forward` where there is nothing to gain or something else is asked for.
+`wraps` gives torch.jit.script the source of that `forward` to compile.
 """
+
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from convnext_min.fast.kernels import able, kernels, matmul_dtype, run
+from convnext_min import blocks, convnext
+from convnext_min.fast.kernels import is_array, is_dense, is_eager, is_ordinary, kernels, matmul_dtype, run
+
+_KINDS = nn.Conv2d, nn.LayerNorm, nn.Linear, nn.GELU
+_OURS = convnext.LayerNorm, convnext.DropPath, convnext.Block, blocks.ConvNeXtBlock
+_FORWARD = {kind: kind.forward for kind in (*_KINDS, *_OURS)}
+
+
+def is_original() -> bool:
+    """Return whether the classes that the fast path stands in for still have their own `forward`."""
+    return all(kind.forward is forward for kind, forward in _FORWARD.items())
 
 
 class DepthwiseConv(Function):
@@ -22,9 +34,11 @@ class DepthwiseConv(Function):
         return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        if needs_pytorch(grad, x, weight):
+            rest = [len(weight)], ctx.stride, ctx.padding, (1, 1), False, (0, 0), len(weight), ctx.needs_input_grad[:3]
+            return *torch.ops.aten.convolution_backward(grad, x, weight, *rest), None, None
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = depthwise_input_grad(grad, weight, x.shape, ctx.stride, ctx.padding)
@@ -33,6 +47,15 @@ class DepthwiseConv(Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def needs_pytorch(*tensors: Tensor) -> bool:
+    """Return whether a backward pass with these tensors has to be PyTorch's own.
+
+    That is so if it will be differentiated again, if it is transformed (batched gradients), and if the tensors are not
+    ordinary ones: saved-tensor hooks can bring back something else than what was saved.
+    """
+    return torch.is_grad_enabled() or not is_eager() or not all(map(is_array, tensors))
 
 
 def depthwise_input_grad(grad: Tensor, weight: Tensor, shape, stride, padding) -> Tensor:
@@ -58,7 +81,7 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, shape, stride, padding) -> Te
     same = k == across and k in (3, 5, 7, 9, 11) and padding == (k // 2, k // 2) and stride == (1, 1)
     if same and x.dtype == grad.dtype == torch.float32 and kernels(torch.float32):
         x, grad = (part.permute(0, 2, 3, 1).contiguous() for part in (x, grad))
-        sums = torch.zeros(parts, k, k, c)
+        sums = x.new_zeros(parts, k, k, c)
         run(torch.float32, "depthwise_back", k, parts, n, h, w, c, x, grad, sums)
         return sums.sum(0).permute(2, 0, 1).unsqueeze(1)
     image = x.contiguous().view(1, n * c, h, w)  # both in NCHW: a copy if they were channels-last
@@ -73,79 +96,104 @@ class FastDepthwise(nn.Conv2d):
     Under bfloat16 autocast PyTorch's depthwise kernels are no faster in the forward pass and slower in the backward.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
+    @wraps(nn.Conv2d.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._is_faster(input):
+            return super().forward(input)
         with torch.autocast("cpu", enabled=False):
-            x = x.to(self.weight.dtype, memory_format=torch.channels_last)
+            x = input.to(self.weight.dtype, memory_format=torch.channels_last)
             return DepthwiseConv.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+    def _is_faster(self, x: Tensor) -> bool:
+        return (
+            torch.is_grad_enabled()
+            and is_ordinary(x, self.weight, *([] if self.bias is None else [self.bias]))
+            and (x.ndim == 4 and x.shape[1] == self.in_channels)
+            and is_depthwise(self)
+            and is_original()
+        )
 
 
 class FastPatchify(nn.Conv2d):
     """Compute a convolution whose patches do not overlap as a matrix product."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = matmul_dtype(x)
-        training = torch.is_grad_enabled()
-        if not (training and able(dtype, x, self.weight, self.bias)) or x.shape[1] != self.in_channels:
-            return super().forward(x)
+    @wraps(nn.Conv2d.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._is_faster(input):
+            return super().forward(input)
         down, across = self.kernel_size
-        rows, columns = x.shape[2] // down, x.shape[3] // across
-        if rows == 0 or columns == 0:
-            return super().forward(x)  # raises PyTorch's own error
-        x = x[..., : rows * down, : columns * across].to(dtype)  # the rest fills no patch and is left out
+        rows, columns = input.shape[2] // down, input.shape[3] // across
+        x = input[..., : rows * down, : columns * across].to(matmul_dtype(input))  # the rest fills no patch
         x = x.permute(0, 2, 3, 1).unflatten(1, (rows, down)).unflatten(3, (columns, across)).transpose(2, 3).flatten(3)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
-
-def _is_dense(x: Tensor) -> bool:
-    """Return whether the values of `x` fill its memory without gaps, in NCHW or NHWC order."""
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    def _is_faster(self, x: Tensor) -> bool:
+        return (
+            torch.is_grad_enabled()
+            and is_ordinary(x, self.weight, self.bias)
+            and (x.ndim == 4 and x.shape[1] == self.in_channels)
+            and (x.shape[2] >= self.kernel_size[0] and x.shape[3] >= self.kernel_size[1])
+            and is_patchify(self)
+            and is_original()
+            and kernels(matmul_dtype(x)) is not None
+        )
 
 
 class GELUFunction(Function):
-    """Compute GELU and keep its derivative for the backward pass instead of its input."""
+    """Compute GELU and its gradient, each in one pass over the memory."""
 
     @staticmethod
     def forward(ctx, x):
-        y, slope = torch.empty_like(x), torch.empty_like(x)
-        run(x.dtype, "gelu", x.numel(), x, y, slope)
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        run(x.dtype, "gelu", x.numel(), x, y)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
+        (x,) = ctx.saved_tensors
+        if needs_pytorch(grad, x) or x.dtype != grad.dtype or not is_dense(x):
+            return torch.ops.aten.gelu_backward(grad, x)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad, grad_x = grad.contiguous(memory_format=layout), torch.empty_like(x)
+        run(x.dtype, "gelu_back", x.numel(), x, grad, grad_x)
+        return grad_x
 
 
 class FastGELU(nn.GELU):
     """Compute `nn.GELU` in training by `GELUFunction`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        plain = self.approximate != "none" or not torch.is_grad_enabled()
-        able_to = not plain and _is_dense(x) and able(x.dtype, x)
-        return GELUFunction.apply(x) if able_to else super().forward(x)
+    @wraps(nn.GELU.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return GELUFunction.apply(input) if self._is_faster(input) else super().forward(input)
+
+    def _is_faster(self, x: Tensor) -> bool:
+        return (
+            torch.is_grad_enabled()
+            and is_ordinary(x)
+            and is_dense(x)
+            and self.approximate == "none"
+            and is_original()
+            and kernels(x.dtype) is not None
+        )
 
 
-def is_patchify(module: nn.Module) -> bool:
-    """Return whether `FastPatchify` computes the same as `module`; PyTorch is better at 1x1 convolutions."""
+def is_patchify(conv: nn.Conv2d) -> bool:
+    """Return whether `FastPatchify` computes the same as `conv`; PyTorch is better at 1x1 convolutions."""
     return (
-        type(module) is nn.Conv2d
-        and module.kernel_size == module.stride != (1, 1)
-        and module.groups == 1
-        and module.bias is not None
-        and module.padding in ((0, 0), "valid")
-        and module.dilation == (1, 1)
+        conv.kernel_size == conv.stride != (1, 1)
+        and conv.groups == 1
+        and conv.bias is not None
+        and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1)
     )
 
 
-def is_plain_depthwise(module: nn.Module) -> bool:
-    """Return whether `FastDepthwise` computes the same as `module`."""
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Return whether `FastDepthwise` computes the same as `conv`."""
     return (
-        type(module) is nn.Conv2d
-        and module.groups == module.in_channels == module.out_channels
-        and module.dilation == (1, 1)
-        and module.padding_mode == "zeros"
-        and isinstance(module.padding, tuple)
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
     )
