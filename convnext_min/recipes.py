@@ -1,60 +1,64 @@
-"""How to train: every choice of a run in one frozen `Recipe`, with the arithmetic that follows from it.
+"""Describe a training run by one frozen `Recipe`, and derive its schedules from it.
 
-`python -m convnext_min.recipes show in1k --model convnext_base` prints a recipe and where each value comes from;
-`train.plan` says what it means on given hardware. Schedules are functions of `progress`, the fraction of the run that
-is done, so that they are the same whether a run lasts a number of epochs or a number of minutes.
+`python -m convnext_min.recipes show in1k --model convnext_base` prints a recipe and the source of each value;
+`train.plan` prints its schedule on given hardware. Schedules are functions of `progress`, the finished fraction of the
+run, so they work for a run of some epochs and for one of some minutes.
 """
 
 import argparse
 import ast
+import dataclasses
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 STEMS = ("patchify", "overlapping")
 INITS = ("paper", "fan_in", "pytorch")  # see `train.small`
 
-RANGES = (  # fields, what holds for their values, and how to say it
-    (("epochs", "minutes", "batch_size", "base_lr", "base_batch"), lambda value: value > 0, "positive"),
-    (("clip_grad", "ema_horizon", "width_multiplier"), lambda value: value > 0, "positive"),
-    (("image_size", "resolution", "eval_resolution"), lambda value: value >= 32, "at least 32"),
-    (
-        ("warmup", "label_smoothing", "drop_path", "erasing", "ema_decay"),
-        lambda value: 0 <= value < 1,
-        "at least 0 and below 1",
-    ),
-    (
-        ("evaluate_every", "min_lr", "weight_decay", "mixup", "cutmix", "layer_scale_init", "head_init_scale"),
-        lambda value: value >= 0,
-        "0 or more",
-    ),
-    (
-        ("progressive",),
-        lambda value: list(value) == sorted(value) and all(0 < until < 1 and side >= 32 for until, side in value),
-        "pairs of a growing fraction of the run and a side of at least 32",
-    ),
-    (("schedule",), lambda value: value in ("cosine", "steps"), "cosine or steps"),
-    (("fraction",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    (("crop_scale",), lambda value: 0 < value[0] <= value[1] <= 1, "two growing fractions above 0 and at most 1"),
-    (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "at least 0 and below 1"),
-    (("stem",), lambda value: value in STEMS, " or ".join(STEMS)),
-    (("init",), lambda value: value in INITS, " or ".join(INITS)),
-    (("layer_decay", "eval_crop"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    (
-        ("rand_augment",),
-        lambda value: value == "" or value.startswith("rand-"),
-        "empty or a RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1",
-    ),
-    (("loader",), lambda value: value in ("memory", "disk"), "memory or disk"),
-    (("amp",), lambda value: value in ("auto", "bf16", "fp16", "fp32"), "auto, bf16, fp16 or fp32"),
+
+class Range(NamedTuple):
+    """A test for valid values of a field, and its description for error messages."""
+
+    contains: Callable[[Any], bool]
+    text: str
+
+
+def one_of(*values: str) -> Range:
+    """Return the range of a field with a few valid values."""
+    return Range(lambda value: value in values, " or ".join((", ".join(values[:-1]), values[-1])))
+
+
+POSITIVE = Range(lambda value: value > 0, "positive")
+NOT_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
+FRACTION = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+SHARE = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
+SIDE = Range(lambda value: value >= 32, "at least 32")
+BETAS = Range(lambda value: all(0 <= beta < 1 for beta in value), "at least 0 and below 1")
+AREAS = Range(lambda value: 0 < value[0] <= value[1] <= 1, "two growing fractions above 0 and at most 1")
+STAGES = Range(
+    lambda value: list(value) == sorted(value) and all(0 < until < 1 and side >= 32 for until, side in value),
+    "pairs of a growing fraction of the run and a side of at least 32",
 )
+RAND_AUGMENT = Range(
+    lambda value: value == "" or value.startswith("rand-"),
+    "empty or a RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1",
+)
+
+TABLES = ("Table 5", "Table 6")  # the sources for training from scratch and for fine-tuning
+CODE = ("released code",) * 2
+BOOK = ("this package",) * 2
+
+
+def field(default: Any, valid: Range | None = None, source: tuple[str, str] = BOOK) -> Any:
+    """Declare a field of `Recipe`: its default, its valid values, and where the paper's recipes take it from."""
+    return dataclasses.field(default=default, metadata={"valid": valid, "source": source})
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the type that an annotation names; an int is a float."""
+    """Return whether `value` has the annotated type; an int counts as a float."""
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
@@ -71,86 +75,86 @@ def _written(kind: Any) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that is decided before training, but the model, the data and the seed.
+    """All choices made before training, except the model, the data and the seed.
 
     Raises ValueError, naming the field, for a value of the wrong type or out of range.
     """
 
     # Length
-    epochs: int = 300
-    minutes: float | None = None  # if given: wall clock from the start of the process, instead of `epochs`
-    evaluate_every: int = 1  # epochs; 0: only at the end
+    epochs: int = field(300, POSITIVE, TABLES)
+    minutes: float | None = field(None, POSITIVE)  # wall clock from the start of the process, instead of `epochs`
+    evaluate_every: int = field(1, NOT_NEGATIVE, CODE)  # epochs; 0: only at the end
 
-    # Optimizer: any that timm knows
-    optimizer: str = "adamw"
-    betas: tuple[float, float] | None = (0.9, 0.999)  # None: the optimizer's own
-    batch_size: int = 4096  # images for one step of the optimizer
-    base_lr: float = 4e-3  # learning rate for steps of `base_batch` images; in proportion for others
-    base_batch: int = 4096
-    schedule: str = "cosine"  # "steps": a tenth of the rate after each third of the run
-    min_lr: float = 1e-6  # at the end of the cosine
-    warmup: float = 20 / 300  # fraction of the run
-    weight_decay: float = 0.05  # not on biases, norms and layer scale
-    clip_grad: float | None = None  # largest norm of the gradient
-    layer_decay: float = 1.0  # learning rate of a group of blocks over that of the next: see `layer_decay`
+    # Optimizer: any of timm's
+    optimizer: str = field("adamw", source=TABLES)
+    betas: tuple[float, float] | None = field((0.9, 0.999), BETAS, TABLES)  # None: the optimizer's defaults
+    batch_size: int = field(4096, POSITIVE, TABLES)  # images per optimizer step, over all devices
+    base_lr: float = field(4e-3, POSITIVE, TABLES)  # for `base_batch` images; scaled in proportion to the batch
+    base_batch: int = field(4096, POSITIVE, TABLES)
+    schedule: str = field("cosine", one_of("cosine", "steps"), TABLES)  # "steps": / 10 after each third of the run
+    min_lr: float = field(1e-6, NOT_NEGATIVE, CODE)  # at the end of the cosine
+    warmup: float = field(20 / 300, FRACTION, TABLES)  # fraction of the run
+    weight_decay: float = field(0.05, NOT_NEGATIVE, TABLES)  # not on biases, norms and layer scale
+    clip_grad: float | None = field(None, POSITIVE, TABLES)  # largest norm of the gradient
+    layer_decay: float = field(1.0, SHARE, TABLES)  # factor on the learning rate per group of blocks: `layer_decay`
 
     # Regularization
-    label_smoothing: float = 0.1
-    drop_path: float = 0.0  # stochastic depth: rate of the last block
-    mixup: float = 0.0  # alpha of its beta distribution; 0: off
-    cutmix: float = 0.0  # the same; where both are on, a batch gets one or the other
-    erasing: float = 0.0  # probability of random erasing
-    rand_augment: str = ""  # operations on the image as it is read, as timm writes them; "": none
+    label_smoothing: float = field(0.1, FRACTION, TABLES)
+    drop_path: float = field(0.0, FRACTION, TABLES)  # stochastic depth: rate of the last block
+    mixup: float = field(0.0, NOT_NEGATIVE, TABLES)  # alpha of the beta distribution; 0: off
+    cutmix: float = field(0.0, NOT_NEGATIVE, TABLES)  # the same; with both on, each batch gets one of them
+    erasing: float = field(0.0, FRACTION, TABLES)  # probability of random erasing
+    rand_augment: str = field("", RAND_AUGMENT, TABLES)  # in timm's notation; "": none
 
     # Averaged weights
-    ema_decay: float = 0.9999  # 0: no average
-    ema_horizon: float | None = 0.1  # average over no more than this fraction of the steps so far; None: no limit
+    ema_decay: float = field(0.9999, FRACTION, TABLES)  # 0: no average
+    ema_horizon: float | None = field(0.1, POSITIVE, CODE)  # average over at most this fraction of the run so far
 
     # Images
-    loader: str = "memory"  # "memory": all images in memory, see `data`; "disk": read for each epoch, see `imagenet`
-    fraction: float = 1.0  # loader="memory": of the training images, the same for every seed
-    image_size: int = 160  # the side at which images are kept in memory
-    resolution: int = 128  # of the training images after cropping
-    progressive: tuple[tuple[float, int], ...] = ()  # ((0.4, 96),): 96 px until 40% of the run, then `resolution`
-    eval_resolution: int = 128
-    eval_crop: float = 1.0  # loader="disk": side of the central crop over the resized image's; 1: the whole, squeezed
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop, as fractions of the image
+    loader: str = field("memory", one_of("memory", "disk"))  # "disk": `data.disk` reads files in every epoch
+    fraction: float = field(1.0, SHARE)  # loader="memory": of the training images, the same for every seed
+    image_size: int = field(160, SIDE)  # loader="memory": side of the stored images
+    resolution: int = field(128, SIDE, TABLES)  # of the training images after cropping
+    progressive: tuple[tuple[float, int], ...] = field((), STAGES)  # ((0.4, 96),): 96 px until 40% of the run
+    eval_resolution: int = field(128, SIDE, CODE)
+    eval_crop: float = field(1.0, SHARE, ("appendix A.2",) * 2)  # loader="disk": crop side over image side; 1: whole
+    crop_scale: tuple[float, float] = field((0.08, 1.0), AREAS, CODE)  # area of a random crop, as image fractions
 
     # Model
-    stem: str = "patchify"  # "overlapping": see `small`
-    init: str = "paper"  # "fan_in", "pytorch": see `small`
-    layer_scale_init: float = 1e-6  # 0: no layer scale
-    head_init_scale: float = 1.0
-    depths: tuple[int, int, int, int] | None = None  # None: those of the named model
-    dims: tuple[int, int, int, int] | None = None
-    width_multiplier: float = 1.0  # of the models of the road
+    stem: str = field("patchify", one_of(*STEMS), ("section 2.2",) * 2)  # "overlapping": see `train.small`
+    init: str = field("paper", one_of(*INITS), ("Table 5 has std 0.2, the released code 0.02", "released code"))
+    layer_scale_init: float = field(1e-6, NOT_NEGATIVE, ("Table 5", 'Table 6: "pre-trained"'))  # 0: no layer scale
+    head_init_scale: float = field(1.0, NOT_NEGATIVE, TABLES)
+    depths: tuple[int, int, int, int] | None = field(None, source=("section 3, by the model",) * 2)  # None: the model's
+    dims: tuple[int, int, int, int] | None = field(None, source=("section 3, by the model",) * 2)
+    width_multiplier: float = field(1.0, POSITIVE)  # of the road's networks
 
-    amp: str = "auto"  # "bf16", "fp16": autocast; "fp32": none; "auto": bf16 where the hardware multiplies it faster
+    # "bf16", "fp16": autocast; "fp32": none; "auto": bf16 where the hardware multiplies it faster
+    amp: str = field("auto", one_of("auto", "bf16", "fp16", "fp32"))
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                raise ValueError(f"{field.name} takes {_written(field.type)}, got {value!r}")
-            for names, right, needed in RANGES:
-                if field.name in names and value is not None and not right(value):
-                    raise ValueError(f"{field.name} must be {needed}, got {value!r}")
+        for one in fields(self):
+            value, valid = getattr(self, one.name), one.metadata.get("valid")
+            if not _fits(value, one.type):
+                raise ValueError(f"{one.name} takes {_written(one.type)}, got {value!r}")
+            if valid and value is not None and not valid.contains(value):
+                raise ValueError(f"{one.name} must be {valid.text}, got {value!r}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
         if self.fraction != 1 and self.loader == "disk":
-            raise ValueError(f"fraction={self.fraction:g} takes a part of the images in memory: it needs loader=memory")
+            raise ValueError(f"fraction={self.fraction:g} selects images in memory: it needs loader=memory")
         if self.rand_augment and self.loader == "memory":
-            raise ValueError("rand_augment works on images as they are read: it needs loader=disk")
+            raise ValueError("rand_augment transforms images as they are read: it needs loader=disk")
 
     @property
     def lr(self) -> float:
-        """Peak learning rate: `base_lr` scaled in proportion to the batch (Goyal et al., 2017)."""
+        """Return the peak learning rate: `base_lr` in proportion to the batch (Goyal et al., 2017)."""
         return self.base_lr * self.batch_size / self.base_batch
 
     def lr_at(self, progress: float) -> float:
-        """Learning rate at `progress` in [0, 1]: linear from 0 during the warm-up, then half a cosine to `min_lr`.
+        """Return the learning rate at `progress` in [0, 1]: linear warm-up from 0, then half a cosine to `min_lr`.
 
-        With schedule="steps" three steps instead of the cosine, as ResNets were trained (He et al., 2016).
+        With schedule="steps" the rate drops to a tenth after each third instead, as for ResNet (He et al., 2016).
         """
         if progress < self.warmup:
             return self.lr * progress / self.warmup
@@ -160,14 +164,14 @@ class Recipe:
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * fraction)) / 2
 
     def resolution_at(self, progress: float) -> int:
-        """Side of the training images, in pixels, at `progress` in [0, 1]."""
+        """Return the side of the training images, in pixels, at `progress` in [0, 1]."""
         return next((resolution for until, resolution in self.progressive if progress < until), self.resolution)
 
     def ema_decay_at(self, updates: int) -> float:
-        """Decay of the average after `updates` updates: it covers about 1 / (1 - decay) steps.
+        """Return the decay of the EMA after `updates` updates; it averages about 1 / (1 - decay) optimizer steps.
 
-        With a horizon h that is 1 + h * updates, up to what `ema_decay` allows: the average never holds more than a
-        trace of the initial weights, however short the run is, and needs no knowledge of its length.
+        A horizon h limits them to 1 + h * updates. So the initial weights vanish from the average of a run of any
+        length, which need not be known.
         """
         if self.ema_horizon is None:
             return self.ema_decay
@@ -175,12 +179,12 @@ class Recipe:
 
 
 def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    """Steps until the learning rate is at its peak, in a run of `recipe.epochs`."""
+    """Return the number of optimizer steps until the learning rate peaks, in a run of `recipe.epochs`."""
     return round(recipe.warmup * recipe.epochs * steps_per_epoch)
 
 
 def describe(recipe: Recipe, images: int) -> str:
-    """The arithmetic of a run on `images` training images, in one line."""
+    """Return length, learning rate and warm-up of a run on `images` training images, in one line."""
     steps = max(1, images // recipe.batch_size)
     if recipe.minutes is None:
         length = f"{recipe.epochs} epochs = {recipe.epochs * steps:,} steps"
@@ -188,10 +192,10 @@ def describe(recipe: Recipe, images: int) -> str:
     else:
         length, warmup = f"{recipe.minutes:g} minutes", f"{recipe.warmup:.1%} of the time for warm-up"
     lr = f"learning rate {recipe.lr:.3g} ({recipe.base_lr:g} for {recipe.base_batch} images)"
-    return f"{length} of {recipe.batch_size} images, {steps:,} steps an epoch; {lr}, {warmup}"
+    return f"{length} of {recipe.batch_size} images, {steps:,} steps per epoch; {lr}, {warmup}"
 
 
-# The paper's recipes for ImageNet, without what depends on the model. Table 5: training from scratch.
+# The paper's recipes for ImageNet, except the values that depend on the model. Table 5: training from scratch.
 _AUGMENTATION = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoothing": 0.1}
 _IN1K = Recipe(
     epochs=300,
@@ -276,32 +280,21 @@ _ROAD = Recipe(
 )
 
 RECIPES = {
-    # Small data, as plain as it goes: the paper's optimizer, schedule and label smoothing, no mixing of images.
+    # Small data, plain: the paper's optimizer, schedule and label smoothing, without Mixup and CutMix.
     "imagenette": _IMAGENETTE,
-    # The same for three minutes from the start of the process to the result, with three changes to the network (see
-    # `small`) and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation. What they
-    # reached on all 3,925 validation images, on two cores, the Xeon's with AMX (book/results/imagenette); an epoch is
-    # 147 steps of 64 images:
-    # 3min-seed-0: 78.1% after 176 s and 1,111 steps, Intel Xeon
-    # 3min-seed-1: 77.8% after 175 s and 1,080 steps, Intel Xeon
-    # 3min-seed-2: 72.2% after 174 s and 605 steps, AMD EPYC
-    # 3min-seed-3: 54.5% after 175 s and 239 steps, AMD EPYC, AVX2
-    # 3min-seed-4: 54.3% after 174 s and 211 steps, AMD EPYC, AVX2
+    # Three minutes from the start of the process to the result, with three changes to the network (see `train.small`)
+    # and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation.
+    # Results of this and the next two: book/results/imagenette
     "imagenette-3min": _IMAGENETTE_3MIN,
-    # Larger images at the end and smaller crops, by judgement:
-    # 10min-seed-0: 85.1% after 595 s and 2,862 steps, Intel Xeon
-    # 10min-seed-1: 74.0% after 593 s and 686 steps, AMD EPYC, AVX2
-    # 10min-seed-2: 74.6% after 592 s and 722 steps, AMD EPYC, AVX2
+    # Larger images at the end and smaller crops; not tuned.
     "imagenette-10min": _IMAGENETTE_10MIN,
-    # Seen often enough for half of the batches to be mixed by CutMix, the others by Mixup:
-    # 30min-seed-0: 89.2% after 1795 s and 9,795 steps, Intel Xeon
-    # 30min-seed-1: 83.1% after 1794 s and 2,209 steps, AMD EPYC, AVX2
+    # Long enough for Mixup and CutMix, each on half of the batches.
     "imagenette-30min": replace(
         _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
     ),
-    # What timm's training script does unless told otherwise, for timm:convnext_atto with --no-accelerate: images from
-    # the disk, its crops, cosine after a warm-up, label smoothing; but AdamW, its rate, weight decay and the batch are
-    # those of `imagenette` (the script's SGD is not for ConvNeXt), and colour jitter is off.
+    # The defaults of timm's training script, for timm:convnext_atto with --no-accelerate: images from the disk, its
+    # crops, cosine after a warm-up, label smoothing. But AdamW, its rate, weight decay and the batch are those of
+    # `imagenette` (the script's default, SGD, is not for ConvNeXt), and colour jitter is off.
     "timm": replace(
         _IMAGENETTE,
         minutes=3,
@@ -314,13 +307,12 @@ RECIPES = {
         ema_decay=0.0,
         loader="disk",
     ),
-    # For every step of the road, at a quarter of its width: two cores train all sixteen, with one seed, in less than an
-    # hour (book/results/road). Of the two learning rates tried on held-out images
-    # (book/results/convnext_init/lr_sweep) for ResNet-50, GELU and ConvNeXt alike it is the better one on average;
-    # ConvNeXt alone would take half of it. The paper's optimizer, schedule and label smoothing; no averaged weights,
-    # as along its road. Too short for CutMix to pay.
+    # For every step of the road, at a quarter of its width. The paper's optimizer, schedule and label smoothing; no
+    # EMA, as on the paper's road. The learning rate is the best on average for ResNet-50, GELU and ConvNeXt on
+    # held-out images (book/results/convnext_init/lr_sweep).
+    # Results: book/results/road
     "road": _ROAD,
-    # The same length for ResNet-50's own recipe: momentum, three steps of the learning rate, crops and flips.
+    # The same length with ResNet-50's classic recipe: SGD with momentum, a stepped learning rate, crops and flips.
     "road-classic": replace(
         _ROAD,
         optimizer="sgd",
@@ -341,7 +333,7 @@ RECIPES = {
 
 
 def _rates(*rates: float | None) -> dict[str, dict[str, Any]]:
-    """The stochastic depth of Tiny, Small, Base, Large and XLarge; None for what the paper did not train."""
+    """Return the stochastic depth of Tiny, Small, Base, Large and XLarge, without models the paper did not train."""
     names = (f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge"))
     return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True) if rate is not None}
 
@@ -363,18 +355,18 @@ PER_MODEL = {  # recipe, model: the values that the model changes
 STARTS = {  # the weights that a recipe starts from
     "in1k": "new weights",
     "in22k": "new weights",
-    "in1k-ft384": "the weights of in1k: the last ones, but for convnext_large the averaged ones",
+    "in1k-ft384": "the last weights of in1k, for convnext_large the best EMA weights",
     "in22k-ft224": "the last weights of in22k",
     "in22k-ft384": "the last weights of in22k",
 }
 
 
 def get(name: str, settings: Iterable[str] = (), model: str | None = None) -> Recipe:
-    """The recipe called `name`, for `model` if its values depend on it, changed by settings written "key=value".
+    """Return the recipe called `name` for `model`, changed by settings written "key=value".
 
-    Values are Python literals. A model that the paper does not have takes a recipe of the paper if the settings give
+    Values are Python literals. A model that the paper does not have can use a recipe of the paper if the settings give
     its `drop_path`. Raises ValueError, listing what is valid, for an unknown name or key, for a model that the paper
-    did not train so, and for a value that does not fit.
+    did not train with this recipe, and for a value of the wrong type or out of range.
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; valid: {', '.join(RECIPES)}")
@@ -393,13 +385,13 @@ def parse_settings(kind: type[Recipe], settings: Iterable[str]) -> dict[str, Any
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in types:
-            raise ValueError(f"cannot set {setting!r}: it takes key=value, with a key out of {', '.join(types)}")
+            raise ValueError(f"cannot set {setting!r}: it takes key=value, with one of the keys {', '.join(types)}")
         changes[key] = text if types[key] is str else _literal(text)
     return changes
 
 
 def _values_of_model(name: str, model: str | None, enough: bool) -> dict[str, Any]:
-    """What `model` changes in the recipe; nothing if the paper does not have it and the settings are `enough`."""
+    """Return the values that depend on `model`; none for a model the paper lacks if the settings are `enough`."""
     if name not in PER_MODEL:
         return {}
     models = PER_MODEL[name]
@@ -425,55 +417,26 @@ def _literal(text: str) -> Any:
         return text
 
 
-# ---- Where the values come from
-
-_IN_TABLES = (  # what both of the paper's tables list
-    *(
-        "optimizer",
-        "betas",
-        "batch_size",
-        "base_lr",
-        "base_batch",
-        "epochs",
-        "warmup",
-        "weight_decay",
-        "label_smoothing",
-    ),
-    *(
-        "schedule",
-        "drop_path",
-        "mixup",
-        "cutmix",
-        "erasing",
-        "rand_augment",
-        "ema_decay",
-        "layer_scale_init",
-        "resolution",
-    ),
-)
-_IN_CODE = ("min_lr", "clip_grad", "ema_horizon", "eval_resolution", "eval_crop", "crop_scale", "evaluate_every")
+# ---- Sources of the values
 
 
 def source(name: str, field: str, model: str, changed: bool) -> str:
-    """Where the value of `field` in the recipe `name` for `model` is written; `changed`: it is not the recipe's own."""
+    """Return the source of the value of `field` in the recipe `name` for `model`; `changed`: the caller set it."""
     if changed:
         return "your setting"
     if name not in PER_MODEL:
         return "this package"
-    table = "Table 6" if "-ft" in name else "Table 5"
-    if "isotropic" in model and field in PER_MODEL[name].get(model, ()):
-        return "appendix A"
-    if field in _IN_TABLES or (field in ("layer_decay", "head_init_scale") and table == "Table 6"):
-        return table
-    if field == "init":
-        return f"{table} has std 0.2, the released code 0.02" if table == "Table 5" else "released code"
-    if field in ("stem", "depths", "dims"):
-        return "section 2" if field == "stem" else "section 3, by the model"
-    return "released code" if field in (*_IN_CODE, "layer_decay", "head_init_scale") else "this package"
+    if "isotropic" in model:
+        if field in PER_MODEL[name].get(model, ()):
+            return "appendix A"
+        if field == "stem":
+            return "section 3.3"
+    from_scratch, fine_tuning = Recipe.__dataclass_fields__[field].metadata["source"]
+    return fine_tuning if "-ft" in name else from_scratch
 
 
 def show(name: str, model: str, settings: Iterable[str] = ()) -> str:
-    """All values of a recipe for `model`, a line each: field, value, where it comes from."""
+    """Return all values of a recipe for `model`, one line per field: name, value, source."""
     settings = list(settings)
     recipe, changed = get(name, settings, model), {setting.partition("=")[0] for setting in settings}
     start = f", starting from {STARTS[name]}" if name in STARTS else ""
@@ -491,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.recipes", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    shows = commands.add_parser("show", help="print a recipe, each value with its source")
+    shows = commands.add_parser("show", help="print a recipe and the source of each value")
     shows.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
     shows.add_argument("--model", required=True, help="such as convnext_tiny")
     shows.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change it")

@@ -106,7 +106,7 @@ def test_the_command_line_plans_and_measures(capsys):
     plan_main(["--recipe", "imagenette", "--model", "convnext_atto", "--measure", "--set", *small])
     assert "images a second in each process" in capsys.readouterr().out
     plan_main(["--recipe", "road", "--model", "road:convnext"])
-    assert "147 steps an epoch" in capsys.readouterr().out
+    assert "147 steps per epoch" in capsys.readouterr().out
     for more, message in (
         (["--images-per-second", "0"], "error: the images a second must be positive, got 0"),
         (["--gpus", "0", "--measure"], "error: the number of processes must be positive, got 0"),

@@ -61,7 +61,7 @@ def test_description_does_the_arithmetic():
     text = recipes.describe(recipes.get("imagenette", ["epochs=10", "batch_size=128", "warmup=0.05"]), 9469)
     for part in (
         "10 epochs = 730 steps of 128 images",
-        "73 steps an epoch",
+        "73 steps per epoch",
         "rate 0.004 (0.002 for 64",
         "36 steps of warm",
     ):
@@ -92,8 +92,14 @@ def test_settings_have_the_type_of_their_field():
         ("resolution=16", "resolution must be at least 32, got 16"),
         ("drop_path=1.0", "drop_path must be at least 0 and below 1, got 1.0"),
         ("base_lr=-1.0", "base_lr must be positive, got -1.0"),
+        ("clip_grad=0.0", "clip_grad must be positive, got 0.0"),
+        ("eval_crop=0.0", "eval_crop must be above 0 and at most 1, got 0.0"),
+        ("betas=(0.9,1.0)", r"betas must be at least 0 and below 1, got \(0.9, 1.0\)"),
+        ("crop_scale=(0.5,0.2)", r"crop_scale must be two growing fractions above 0 and at most 1, got"),
+        ("stem=resnet", "stem must be patchify or overlapping, got 'resnet'"),
+        ("init=ones", "init must be paper, fan_in or pytorch, got 'ones'"),
         ("amp=fp8", "amp must be auto, bf16, fp16 or fp32, got 'fp8'"),
-        ("momentum=0.9", "cannot set 'momentum=0.9'.*key out of epochs, minutes"),
+        ("momentum=0.9", "cannot set 'momentum=0.9'.*one of the keys epochs, minutes"),
         ("epochs", "cannot set 'epochs'.*key=value"),
     ],
 )
@@ -260,13 +266,23 @@ def test_a_recipe_is_shown_with_the_source_of_each_value():
     for field, value, source in (
         ("drop_path", "0.5", "Table 5"),
         ("epochs", "100", "your setting"),
-        ("eval_crop", "0.875", "released code"),
+        ("eval_crop", "0.875", "appendix A.2"),
+        ("layer_decay", "1.0", "Table 5"),
+        ("head_init_scale", "1.0", "Table 5"),
+        ("clip_grad", "None", "Table 5"),
+        ("min_lr", "1e-06", "released code"),
         ("amp", "'auto'", "this package"),
     ):
         assert lines[field].startswith(value) and lines[field].endswith(source)
     title, lines = shown("in1k-ft384", "convnext_large")
-    assert "averaged" in title and lines["layer_decay"].startswith("0.7 ") and lines["layer_decay"].endswith("Table 6")
+    assert (
+        "best EMA weights" in title
+        and lines["layer_decay"].startswith("0.7 ")
+        and lines["layer_decay"].endswith("Table 6")
+    )
+    assert lines["layer_scale_init"].endswith('Table 6: "pre-trained"') and lines["clip_grad"].endswith("Table 6")
     lines = shown("in1k", "convnext_isotropic_small")[1]
+    assert lines["stem"].endswith("section 3.3")
     assert lines["warmup"].startswith("50 epochs") and lines["warmup"].endswith("appendix A")
     assert lines["cutmix"].endswith("Table 5")
 
