@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import yaml
 
 from convnext_min.book import results
 
@@ -96,3 +97,16 @@ def test_the_readme_has_the_tree_of_the_package():
         if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
     assert named == package - {"__init__.py"}
+
+
+def test_every_chapter_has_links_to_its_page_and_to_colab():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    pages, colab = (
+        config["html"]["baseurl"],
+        config["repository"]["url"].replace("://", "://colab.research.google.com/"),
+    )
+    colab = f"{colab.replace('.com/github.com', '.com/github')}/blob/{config['repository']['branch']}"
+    rows = re.findall(r"^\|.*\]\(notebooks/(\w+)\.ipynb\)(.*)\|$", README, re.MULTILINE)
+    assert rows
+    for name, rest in rows:
+        assert f"({pages}notebooks/{name}.html)" in rest and f"({colab}/notebooks/{name}.ipynb)" in rest, name
