@@ -101,11 +101,9 @@ def test_the_readme_has_the_tree_of_the_package():
 
 def test_every_chapter_has_links_to_its_page_and_to_colab():
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    pages, colab = (
-        config["html"]["baseurl"],
-        config["repository"]["url"].replace("://", "://colab.research.google.com/"),
-    )
-    colab = f"{colab.replace('.com/github.com', '.com/github')}/blob/{config['repository']['branch']}"
+    pages, repository = config["html"]["baseurl"], config["repository"]
+    colab = repository["url"].replace("https://github.com/", "https://colab.research.google.com/github/")
+    colab += f"/blob/{repository['branch']}"
     rows = re.findall(r"^\|.*\]\(notebooks/(\w+)\.ipynb\)(.*)\|$", README, re.MULTILINE)
     assert rows
     for name, rest in rows:
