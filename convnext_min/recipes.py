@@ -119,6 +119,7 @@ class Recipe:
     eval_resolution: int = field(128, SIDE, CODE)
     eval_crop: float = field(1.0, SHARE, ("appendix A.2",) * 2)  # loader="disk": crop side over image side; 1: whole
     crop_scale: tuple[float, float] = field((0.08, 1.0), AREAS, CODE)  # area of a random crop, as image fractions
+    exif_orientation: bool = field(True)  # turn images upright; False: as stored, as the released code reads them
 
     # Model
     stem: str = field("patchify", one_of(*STEMS), ("section 2.2",) * 2)  # "overlapping": see `train.small`
@@ -374,6 +375,11 @@ def get(name: str, settings: Iterable[str] = (), model: str | None = None) -> Re
     for values in (_values_of_model(name, model, "drop_path" in changes), changes):
         recipe = replace(recipe, **values)
     return recipe
+
+
+def complete(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe that an earlier version recorded, with defaults for the fields it did not have."""
+    return dataclasses.asdict(Recipe()) | recorded
 
 
 def parse_settings(kind: type[Recipe], settings: Iterable[str]) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """Small folders of images for the tests of data sets."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from convnext_min.data.sources import Folder
 
 WNIDS = ("n01440764", "n02102040")
 
@@ -21,3 +25,17 @@ def write_images(root: Path) -> None:
             (root / split / wnid).mkdir(parents=True)
             for i in range(count):
                 picture((len(split), count, i)).save(root / split / wnid / f"{i}.png")
+
+
+def write_shards(image_root, target, number):
+    """Write tar files as WebDataset does, with the images in turn in each."""
+    for split in ("train", "val"):
+        folder = Folder(image_root / split)
+        for tar in range(number):
+            with tarfile.open(target / f"made-{split}-{tar:04d}.tar", "w") as file:
+                for index in range(tar, len(folder), number):
+                    content, label = folder.read(index)
+                    for kind, part in (("png", content), ("cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"a/{index:05d}.{kind}")
+                        member.size = len(part)
+                        file.addfile(member, io.BytesIO(part))

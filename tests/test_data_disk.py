@@ -1,12 +1,9 @@
 """Images from the disk: the same whatever reads them, every one once in evaluation, and none silently lost."""
 
 import gc
-import io
 import multiprocessing
 import subprocess
 import sys
-import tarfile
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from torchvision.transforms import functional as T
 
 from convnext_min import data, recipes
 from convnext_min.data import disk, seeded
-from convnext_min.data.disk import Folder, StringArray, loader, open_source
+from convnext_min.data.disk import Folder, loader, open_source
 
 RECIPE = replace(
     recipes.get("in1k", model="convnext_tiny"), batch_size=6, base_batch=6, resolution=48, eval_resolution=40
@@ -224,95 +221,7 @@ def test_a_disk_that_reads_nothing_is_an_error(damaged_root, monkeypatch):
         drawn(loader(damaged_root, "train", RECIPE, True, workers=0))
 
 
-# ---- Other sources
-
-
-def write_shards(image_root, target, number):
-    """Tar files as WebDataset writes them, the images in turn in each."""
-    for split in ("train", "val"):
-        folder = Folder(image_root / split)
-        for tar in range(number):
-            with tarfile.open(target / f"made-{split}-{tar:04d}.tar", "w") as file:
-                for index in range(tar, len(folder), number):
-                    content, label = folder.read(index)
-                    for kind, part in (("png", content), ("cls", str(label).encode())):
-                        member = tarfile.TarInfo(f"a/{index:05d}.{kind}")
-                        member.size = len(part)
-                        file.addfile(member, io.BytesIO(part))
-
-
-def test_shards_hold_the_same_images_as_the_folder(image_root, tmp_path):
-    write_shards(image_root, tmp_path, 3)
-    folder, shards = Folder(image_root / "val"), open_source(f"wds/{tmp_path}", "val")
-    assert len(shards) == 11 and shards.classes == ("0", "1")
-    assert sorted(map(shards.read, range(11))) == sorted(map(folder.read, range(11)))
-    batches = loader(f"wds/{tmp_path}", "train", RECIPE, True, workers=2)
-    assert len(batches) == 3 and same(drawn(batches, start=1), drawn(batches)[1:])
-    (tmp_path / "classes.txt").write_text("tench\nspringer\n")
-    assert open_source(f"wds/{tmp_path}", "val").classes == ("tench", "springer")
-
-
-def test_a_broken_image_in_a_shard_is_named_with_its_tar(damaged_root, tmp_path_factory):
-    target = tmp_path_factory.mktemp("shards")
-    write_shards(damaged_root, target, 1)
-    batches = loader(f"wds/{target}", "val", RECIPE, False, workers=0)
-    assert sum(len(y) for _, y in batches.epoch()) == 10
-    assert batches.skipped == [f"{target.resolve()}/made-val-0000.tar: a/00003"]
-
-
-def test_a_shard_without_labels_is_named(image_root, tmp_path):
-    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
-        tar.add(image_root / "train" / WNIDS[0] / "0.png", "a/0.png")
-    with pytest.raises(ValueError, match=r"train-0\.tar has 1 images without a \.cls file, such as a/0"):
-        open_source(f"wds/{tmp_path}", "train")
-
-
-def test_a_shard_that_is_cut_off_or_empty_is_named(image_root, tmp_path):
-    write_shards(image_root, tmp_path, 1)
-    (shard,) = tmp_path.glob("*val*.tar")
-    shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"val-0000\.tar is cut off, or no tar file \(.*\): fetch it again"):
-        open_source(f"wds/{tmp_path}", "val")
-    tarfile.open(shard, "w").close()
-    with pytest.raises(FileNotFoundError, match="no images in the 1 tar files of 'val'"):
-        open_source(f"wds/{tmp_path}", "val")
-
-
-def test_a_hugging_face_dataset_is_read_through_timm(image_root, monkeypatch):
-    asked, folder = [], Folder(image_root / "val")
-
-    class Reader:
-        def __init__(self):
-            self.class_to_idx = {"tench": 0, "springer": 1}
-
-        def __len__(self):
-            return len(folder)
-
-        def __getitem__(self, index):
-            content, label = folder.read(index)
-            return io.BytesIO(content), label
-
-    def create_dataset(name, root, split):
-        asked.append((name, split))
-        return types.SimpleNamespace(reader=Reader())
-
-    monkeypatch.setattr(disk, "create_dataset", create_dataset)
-    batches = loader("hfds/somebody/set", "val", RECIPE, False, workers=0)
-    assert asked == [("hfds/somebody/set", "validation")] and batches.classes == ("tench", "springer")
-    assert same(drawn(batches), drawn(loader(image_root, "val", RECIPE, False, workers=0)))
-
-
-def test_without_the_package_of_hugging_face_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
-    with pytest.raises(ValueError, match=r"hfds/a/b needs the package datasets: pip install datasets"):
-        open_source("hfds/a/b", "train")
-
-
-def test_names_in_two_arrays_are_the_names():
-    names = ["a/b.JPEG", "", "é/ü.png", "c"]
-    packed = StringArray(names)
-    assert [packed[i] for i in range(len(packed))] == names
+# ---- Refusals
 
 
 @pytest.mark.parametrize(

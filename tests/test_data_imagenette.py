@@ -141,3 +141,18 @@ def test_without_network_synthetic_images_replace_them_and_one_line_says_so(monk
     assert "synthetic images" in train.source and (len(train), len(val)) == (2000, 500)
     out = capsys.readouterr().out
     assert out.count("no network") == 1 and "IMAGENETTE_DIR" in out
+
+
+def test_held_out_images_need_no_val_folder(root):
+    shutil.rmtree(root / "val")
+    with pytest.raises(FileNotFoundError, match="val/ not found in the given path"):
+        imagenette("train", root, 32)  # before any image is decoded
+    assert len(imagenette("train", root, 32, holdout=True)) == 6
+
+
+@pytest.mark.parametrize("source", ["wds//data/shards", "hfds/cifar100"])
+def test_sources_that_are_read_from_the_disk_are_named(source):
+    with pytest.raises(
+        ValueError, match=f"{source} is read from the disk, not into memory: choose a recipe with loader=disk"
+    ):
+        imagenette("train", source)

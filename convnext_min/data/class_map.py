@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from convnext_min.data.files import class_folders
+
 
 def class_map(source: Sequence[str], target: Sequence[str]) -> list[int]:
     """Return, for each class of `target`, its number in `source`; both are WordNet ids such as n01440764.
@@ -24,11 +26,11 @@ def class_map(source: Sequence[str], target: Sequence[str]) -> list[int]:
 
 
 def read_classes(path: str) -> list[str]:
-    """Return the class folders in a folder, sorted, or the lines of a text file."""
+    """Return the class folders in a folder, sorted, or the words of a text file."""
     place = Path(path)
     if place.is_dir():
-        return sorted(entry.name for entry in place.iterdir() if entry.is_dir())
-    return place.read_text().split()
+        return list(class_folders(place))
+    return place.read_text(encoding="utf-8").split()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,213 +7,29 @@ a resumed run, or a run with another number of workers or processes, sees the sa
 import io
 import itertools
 import os
-import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from convnext_min.data.batches import check_split, split_batch
-from convnext_min.data.files import DECODE_ERRORS
-from convnext_min.data.imagenette import WNIDS
+from convnext_min.data.files import DECODE_ERRORS, printable, read_image
 from convnext_min.data.seeding import seeded
+from convnext_min.data.shards import Shards
+from convnext_min.data.sources import Folder, HuggingFace, Source, Subset
 from convnext_min.recipes import Recipe
 
 CHUNK = 32  # images per message from a worker, so that a large batch need not fit into every worker
 TRIES = 100  # unreadable images in a row after which the disk must be at fault
-
-
-# ---- Sources of images
-
-
-class Source(Protocol):
-    """Encoded images with labels, addressed by number."""
-
-    classes: tuple[str, ...]  # readable names; labels index them
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return the encoded image and its label."""
-
-    def name(self, index: int) -> str:
-        """Return the place of an image, for messages."""
-
-
-class StringArray:
-    """Millions of strings in two arrays, which worker processes share; a list would be copied into each of them."""
-
-    def __init__(self, strings: Iterable[str]):
-        encoded = [os.fsencode(string) for string in strings]
-        self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
-        self.letters = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self.letters[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes())
-
-
-class Folder:
-    """All images below root/<class>/, in the order of their paths.
-
-    Raises FileNotFoundError for a missing folder, no class folders, or a class without images.
-    """
-
-    def __init__(self, root: Path | str):
-        self.root = Path(root).expanduser().resolve()
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} not found; expected images in {self.root}/<class>/")
-        folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
-        if not folders:
-            loose = sum(name.lower().endswith(IMG_EXTENSIONS) for name in os.listdir(self.root))
-            raise FileNotFoundError(
-                f"{self.root} holds no class folders"
-                + (f" but {loose:,} images: move each into the folder of its class" if loose else "")
-            )
-        paths, labels = [], []
-        for label, folder in enumerate(folders):
-            found = sorted(
-                os.path.join(os.path.relpath(place, self.root), file)
-                for place, _, files in os.walk(self.root / folder, followlinks=True)
-                for file in files
-                if file.lower().endswith(IMG_EXTENSIONS)
-            )
-            if not found:
-                raise FileNotFoundError(f"class folder {self.root / folder} holds no image")
-            paths += found
-            labels += [label] * len(found)
-        self.folders = tuple(folders)
-        self.classes = tuple(WNIDS.get(folder, folder) for folder in folders)
-        self.labels, self.paths = np.array(labels), StringArray(paths)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """Return the path of an image."""
-        return str(self.root / self.paths[index])
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return the encoded image and its label."""
-        return Path(self.name(index)).read_bytes(), int(self.labels[index])
-
-
-class Shards:
-    """The samples in tar files of WebDataset's format: <key>.jpg (.jpeg, .png, .webp) beside <key>.cls, its label.
-
-    The tar files are those in root/train or root/val, or those in `root` with "train" or "val" in their names. Each is
-    scanned once; then images are read by their offsets, in any order. (timm's reader streams the tars instead: the
-    order then depends on the workers, and an evaluation by several processes can repeat or miss images.) The class
-    names are the lines of root/classes.txt if that file exists, otherwise numbers.
-
-    Raises FileNotFoundError if there is no tar file or no image, ValueError for an image without a label and for a
-    truncated tar file.
-    """
-
-    def __init__(self, root: Path | str, split: str):
-        self.root = Path(root).expanduser().resolve()
-        tars = sorted((self.root / split).glob("*.tar")) or sorted(self.root.glob(f"*{split}*.tar"))
-        if not tars:
-            raise FileNotFoundError(f"no tar files of {split!r}: expected {self.root}/*{split}*.tar or {split}/*.tar")
-        self.tars = tuple(map(str, tars))
-        keys, places, labels = [], [], []
-        for number, tar in enumerate(tqdm(self.tars, f"{split} shards", unit="tar", delay=2, disable=None)):
-            images, classes = {}, {}
-            try:
-                with tarfile.open(tar, "r:") as file:
-                    for member in file:
-                        folder, _, base = member.name.rpartition("/")
-                        stem, _, kind = base.partition(".")
-                        key = f"{folder}/{stem}" if folder else stem
-                        if f".{kind.lower()}" in IMG_EXTENSIONS:
-                            images[key] = (number, member.offset_data, member.size)
-                        elif kind == "cls":
-                            classes[key] = int(file.extractfile(member).read())
-            except tarfile.TarError as error:
-                raise ValueError(f"{tar} is cut off, or no tar file ({error}): fetch it again") from error
-            if missing := images.keys() - classes.keys():
-                raise ValueError(f"{tar} has {len(missing)} images without a .cls file, such as {min(missing)}")
-            keys += images
-            places += images.values()
-            labels += [classes[key] for key in images]
-        if not keys:
-            raise FileNotFoundError(f"no images in the {len(tars)} tar files of {split!r} in {self.root}")
-        self.keys, self.labels, self.places = StringArray(keys), np.array(labels), np.array(places, dtype=np.int64)
-        names = self.root / "classes.txt"
-        self.classes = tuple(names.read_text().split("\n") if names.exists() else map(str, range(max(labels) + 1)))
-        self.classes = tuple(filter(None, self.classes))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """Return the tar file and the key of an image."""
-        return f"{self.tars[self.places[index, 0]]}: {self.keys[index]}"
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return the encoded image and its label."""
-        tar, offset, size = self.places[index].tolist()
-        with open(self.tars[tar], "rb") as file:
-            file.seek(offset)
-            return file.read(size), int(self.labels[index])
-
-
-class HuggingFace:
-    """A dataset of the Hugging Face hub, or a folder in its format.
-
-    Raises ValueError if the package `datasets` is missing.
-    """
-
-    def __init__(self, dataset: str, split: str):
-        try:
-            split = {"val": "validation"}.get(split, split)
-            self.reader = create_dataset(f"hfds/{dataset}", root=None, split=split).reader
-        except ImportError as error:
-            raise ValueError(f"hfds/{dataset} needs the package datasets: pip install datasets") from error
-        self.dataset, self.classes = dataset, tuple(self.reader.class_to_idx)
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def name(self, index: int) -> str:
-        """Return the dataset and the number of an image."""
-        return f"{self.dataset} {index}"
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return the encoded image and its label."""
-        file, label = self.reader[index]
-        with file:
-            return file.read(), label
-
-
-class Subset:
-    """The images of a source with the given numbers."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices, self.classes = source, indices, source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        """Return the place of an image."""
-        return self.source.name(int(self.indices[index]))
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return the encoded image and its label."""
-        return self.source.read(int(self.indices[index]))
 
 
 def open_source(source: Path | str, split: str) -> Source:
@@ -267,21 +83,23 @@ def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.I
     return create_transform(resolution, crop_pct=recipe.eval_crop, crop_mode=crop_mode, interpolation="bicubic")
 
 
-def decode(source: Source, index: int) -> tuple[Image.Image, int]:
-    """Return image `index` of a source in RGB, and its label. Raises one of DECODE_ERRORS if it cannot be read."""
-    content, label = source.read(index)
-    with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB"), label
-
-
 class ChunkDataset(Dataset):
     """The work of a worker: decode and transform the images with the given numbers.
 
     An item is (x float32 (n, 3, R, R), labels, names of the images that could not be read).
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], train: bool, seed: int, epoch: int):
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Image.Image], Tensor],
+        train: bool,
+        seed: int,
+        epoch: int,
+        exif_orientation: bool = True,
+    ):
         self.source, self.transform, self.train, self.key = source, transform, train, (seed, epoch)
+        self.exif_orientation = exif_orientation
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
         images, labels, damaged = [], [], []
@@ -297,7 +115,8 @@ class ChunkDataset(Dataset):
         others = np.random.default_rng((*self.key, index))
         for _ in range(TRIES if self.train else 1):
             try:
-                return decode(self.source, index)
+                content, label = self.source.read(index)
+                return read_image(io.BytesIO(content), self.exif_orientation), label
             except DECODE_ERRORS:
                 damaged.append(self.source.name(index))
                 index = int(others.integers(len(self.source)))
@@ -377,7 +196,7 @@ class Loader:
             shares.append([share[i : i + CHUNK] for i in range(0, len(share), CHUNK)])
         to_tensor = transform(self.recipe, self.train, self.resolution)
         chunks = DataLoader(
-            ChunkDataset(self.dataset, to_tensor, self.train, self.seed, epoch),
+            ChunkDataset(self.dataset, to_tensor, self.train, self.seed, epoch, self.recipe.exif_orientation),
             batch_size=None,  # an item is a whole chunk
             sampler=[chunk for share in shares for chunk in share],
             num_workers=self.workers,
@@ -403,7 +222,7 @@ class Loader:
             if name not in self.skipped:
                 self.skipped.append(name)
                 outcome = "another takes its place" if self.train else "left out"
-                tqdm.write(f"unreadable image {len(self.skipped)}, {outcome}: {name}")
+                tqdm.write(printable(f"unreadable image {len(self.skipped)}, {outcome}: {name}"))
 
 
 def loader(
@@ -430,6 +249,8 @@ def loader(
     Raises FileNotFoundError for a missing source, ValueError for a batch that does not fit the processes or the data.
     """
     images = open_source(source, "train" if holdout else split)
+    if images.note:
+        tqdm.write(printable(images.note))
     place = Path(source).name if isinstance(images, Folder) else source
     if holdout:
         numbers = np.arange(len(images))

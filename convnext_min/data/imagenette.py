@@ -15,7 +15,7 @@ import torch
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm.auto import tqdm
 
-from convnext_min.data.files import decode, list_images, refuse_empty
+from convnext_min.data.files import class_folders, decode, find_images, printable
 from convnext_min.data.images import ImageSet
 from convnext_min.data.synthetic import synthetic_images
 
@@ -38,41 +38,55 @@ ARCHIVES = {  # shorter side of the images: (address, MD5)
 EXTRACTED = ("imagenette2-160", "imagenette2-320", "imagenette2")  # folders in the archives that fast.ai offers
 
 
-def imagenette(split: str, root: Path | str | None = None, size: int = 160) -> ImageSet:
+def imagenette(
+    split: str,
+    root: Path | str | None = None,
+    size: int = 160,
+    exif_orientation: bool = True,
+    holdout: bool = False,
+) -> ImageSet:
     """Return Imagenette's "train" (9,469 images) or "val" (3,925) split, resized and cropped to `size` x `size`.
 
     The images come from the first of these places: the folder `root`; the folder in the variable IMAGENETTE_DIR; the
     cache, ~/.cache/convnext_min; a download into the cache. Without network, a line says so and `synthetic_images` are
-    returned. A folder holds train/<class>/*.JPEG and val/<class>/*.JPEG, and may contain data other than Imagenette.
-    The place is printed once.
+    returned. A folder holds train/<class>/*.JPEG and val/<class>/*.JPEG, and may contain data other than Imagenette;
+    with `holdout` it needs no val/. Images are turned upright as their EXIF orientation says, unless
+    `exif_orientation` is false. The place is printed once.
 
     Raises FileNotFoundError if `root` or IMAGENETTE_DIR is not such a folder, OSError if a download breaks off,
-    ValueError for an unknown `split`.
+    ValueError for an unknown `split` or a source that only `disk.loader` reads.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    if str(root).startswith(("wds/", "hfds/")):
+        raise ValueError(f"{root} is read from the disk, not into memory: choose a recipe with loader=disk")
+    splits = ("train",) if holdout and split == "train" else ("train", "val")
     if root is not None:
-        folder, origin = _find_splits(Path(root), "the given path"), "the given path"
+        folder, origin = _find_splits(Path(root), "the given path", splits), "the given path"
     elif os.environ.get("IMAGENETTE_DIR"):
-        folder, origin = _find_splits(Path(os.environ["IMAGENETTE_DIR"]), "IMAGENETTE_DIR"), "IMAGENETTE_DIR"
+        folder, origin = _find_splits(Path(os.environ["IMAGENETTE_DIR"]), "IMAGENETTE_DIR", splits), "IMAGENETTE_DIR"
     else:
         folder, origin = _download(160 if size <= 160 else 320), "the cache"
     if folder is None:
         return synthetic_images(split, size)
     _print_once(f"Data: {folder.name} from {origin}")
-    return image_folder(folder / split, size)
+    return image_folder(folder / split, size, exif_orientation)
 
 
-def image_folder(root: Path | str, size: int = 160) -> ImageSet:
-    """Decode all images in root/<class>/, in the order of their paths, to RGB.
+def image_folder(root: Path | str, size: int = 160, exif_orientation: bool = True) -> ImageSet:
+    """Decode all images in root/<class>/ (see `files.find_images`), in the order of their paths, to RGB.
 
-    The shorter side is resized to `size` and the centre is cropped. A damaged file is left out and named in a warning.
-    Raises FileNotFoundError for a class without images.
+    Each is turned upright as its EXIF orientation says, unless `exif_orientation` is false; then the shorter side is
+    resized to `size` and the centre is cropped. A damaged file is left out and named in a warning; one line counts
+    the files that are no images. Raises FileNotFoundError for a class without images.
     """
-    folders, paths, labels = list_images(root)
+    files = find_images(root)
+    if files.left_out:
+        _print_once(printable(files.note()))
+    paths, labels = [files.root / path for path in files.paths], torch.from_numpy(files.labels)
     pixels = np.empty((len(paths), size, size, 3), np.uint8)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the interpreter's lock
-        decoded = pool.map(functools.partial(decode, size=size), paths)
+        decoded = pool.map(functools.partial(decode, size=size, exif_orientation=exif_orientation), paths)
         damaged = []
         for index, image in enumerate(tqdm(decoded, "decoding", len(paths), unit="image", delay=1)):
             if image is None:
@@ -86,29 +100,27 @@ def image_folder(root: Path | str, size: int = 160) -> ImageSet:
         whole = torch.ones(len(paths), dtype=torch.bool)
         whole[damaged] = False
         images, labels = images[whole], labels[whole]
-        refuse_empty(folders, labels)
-    source = f"{folders[0].parents[1].name}/{folders[0].parent.name}: {len(labels):,} images at {size}x{size}"
-    classes = tuple(WNIDS.get(folder.name, folder.name) for folder in folders)
+        if missing := set(range(len(files.folders))) - set(labels.tolist()):
+            raise FileNotFoundError(f"class folder {files.root / files.folders[min(missing)]} holds no readable image")
+    source = f"{files.root.parent.name}/{files.root.name}: {len(labels):,} images at {size}x{size}"
+    classes = tuple(WNIDS.get(folder, folder) for folder in files.folders)
     return ImageSet(images.permute(0, 3, 1, 2), labels, classes, source, tuple(paths[index] for index in damaged))
 
 
-def _find_splits(root: Path, origin: str) -> Path:
-    """Return `root`, or the extracted archive in it, if it holds train/ and val/ with the same classes."""
+def _find_splits(root: Path, origin: str, splits: tuple[str, ...]) -> Path:
+    """Return `root`, or the extracted archive in it, if it holds a folder per split, with the same classes in each."""
     root = root.expanduser()
     for folder in (root, *(root / name for name in EXTRACTED)):
-        if (folder / "train").is_dir() and (folder / "val").is_dir():
-            train, val = ({f.name for f in list_images(folder / split)[0]} for split in ("train", "val"))
-            if only_one := train ^ val:
+        if all((folder / split).is_dir() for split in splits):
+            train, other = (set(class_folders(folder / split)) for split in (splits[0], splits[-1]))
+            if only_one := train ^ other:
                 raise FileNotFoundError(
                     f"train/ and val/ in {folder} must have the same classes; in one only: {only_one}"
                 )
             return folder.resolve()
-    missing = (
-        " and ".join(split for split in ("train/", "val/") if not (root / split).is_dir()) if root.is_dir() else root
-    )
-    raise FileNotFoundError(
-        f"{missing} not found in {origin}, {root}; expected {root}/train/<class>/*.JPEG and {root}/val/<class>/*.JPEG"
-    )
+    missing = " and ".join(f"{split}/" for split in splits if not (root / split).is_dir()) if root.is_dir() else root
+    expected = " and ".join(f"{root}/{split}/<class>/*.JPEG" for split in splits)
+    raise FileNotFoundError(f"{missing} not found in {origin}, {root}; expected {expected}")
 
 
 @functools.cache  # so that one process never mixes images of Imagenette and drawn ones

@@ -426,11 +426,11 @@ def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Ba
             for split in ("train", "val")
         )
         return train_set, val_set
-    train_set = data.imagenette("train", args.data, recipe.image_size)
+    train_set = data.imagenette("train", args.data, recipe.image_size, recipe.exif_orientation, args.holdout)
     if args.holdout:
         train_set, val_set = data.hold_out(train_set)
     else:
-        val_set = data.imagenette("val", args.data, recipe.image_size)
+        val_set = data.imagenette("val", args.data, recipe.image_size, recipe.exif_orientation)
     return data.subsample(train_set, recipe.fraction), val_set
 
 

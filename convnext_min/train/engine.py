@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convnext_min import fast
 from convnext_min.data import Batches
-from convnext_min.recipes import Recipe
+from convnext_min.recipes import Recipe, complete
 from convnext_min.train import distributed
 from convnext_min.train.layer_decay import learning_rate_scales
 
@@ -378,6 +378,7 @@ class Run:
         for key, mine in self.identity.items():
             theirs = state.get(key)
             if key == "recipe":
+                theirs = complete(theirs)
                 changed = [name for name in mine if mine[name] != theirs.get(name)]
                 mine, theirs = ({name: values.get(name) for name in changed} for values in (mine, theirs))
             if mine != theirs:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from convnext_min import data
 from convnext_min.data import Batches, ImageSet, disk
+from convnext_min.data.files import read_image
 from convnext_min.recipes import Recipe
 from convnext_min.train import make_model
 from convnext_min.train.records import load_checkpoint
@@ -43,12 +43,12 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
     """Probabilities (classes,) for the image in a file, prepared as `train` evaluates; None for a broken one."""
     if recipe.loader == "disk":
         try:
-            with Image.open(path) as image:
-                x = disk.transform(recipe, False, recipe.eval_resolution)(image.convert("RGB"))
+            image = read_image(path, recipe.exif_orientation)
         except data.DECODE_ERRORS:
             return None
+        x = disk.transform(recipe, False, recipe.eval_resolution)(image)
         return model(x[None]).softmax(1)[0]
-    pixels = data.decode(path, recipe.image_size)  # (S, S, 3)
+    pixels = data.decode(path, recipe.image_size, recipe.exif_orientation)  # (S, S, 3)
     if pixels is None:
         return None
     return predict(model, torch.from_numpy(pixels).permute(2, 0, 1)[None], recipe.eval_resolution)[0]
