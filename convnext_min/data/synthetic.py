@@ -25,7 +25,7 @@ def synthetic_images(split: str, size: int = 64, number: int | None = None) -> I
         rng = np.random.default_rng((split == "val", index))
         images[index] = torch.from_numpy(_draw(PATTERNS[index % len(PATTERNS)], size, rng))
     labels = torch.arange(number) % len(PATTERNS)
-    source = f"synthetic images, {split}: {number:,} drawn at {size}x{size}"
+    source = f"synthetic images, {split}: {number:,} drawn images at {size}x{size}"
     return ImageSet(images.permute(0, 3, 1, 2), labels, PATTERNS, source)
 
 
