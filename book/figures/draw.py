@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from convnext_min.book import plots, result_figures
+from convnext_min.book import figures, result_figures
 
 FIGURES = {
-    "road_resnet50.svg": lambda: plots.road("resnet50"),
-    "road_resnet200.svg": lambda: plots.road("resnet200"),
+    "road_resnet50.svg": lambda: figures.road("resnet50"),
+    "road_resnet200.svg": lambda: figures.road("resnet200"),
     "road_small.svg": result_figures.road_gains,
 }
 

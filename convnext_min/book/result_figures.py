@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.analysis import BEFORE
-from convnext_min.book.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
+from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.measure import count_macs
 from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS, build

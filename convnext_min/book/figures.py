@@ -1,0 +1,112 @@
+"""Figures and tables that compare steps of the road: the paper's numbers, costs, speed, curves and images."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import median
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from convnext_min import paper
+from convnext_min.book.style import BLUE, INK, ORANGE, Table, figure, table, use_style
+from convnext_min.measure import Throughput, count_macs, count_parameters, road_table, throughput
+from convnext_min.roadmap import build
+from convnext_min.train.records import training_curve
+
+
+def road(regime: str = "resnet50") -> Figure:
+    """Draw the road of a regime, read downwards: the paper's top-1 (%), and GMACs at 224 px, published and measured."""
+    rows = road_table(regime)
+    published = paper.ROADS[regime]
+    fig, (left, right) = figure(5.6, 2, sharey=True, width_ratios=(1.15, 1))
+    y = range(len(rows))
+    top1 = [row["paper_top1"] for row in rows]
+    std = [published[row["slug"]].std or 0.0 for row in rows]
+    left.plot(top1, y, color=BLUE, linewidth=1, alpha=0.5)
+    left.errorbar(top1, y, xerr=std, fmt="o", color=BLUE, markersize=5, elinewidth=2)
+    for i, value in enumerate(top1):
+        left.annotate(f"{value:.2f}", (value, i), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
+    left.set_yticks(y, [row["label"] for row in rows])
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_xlim(min(top1) - 0.4, max(top1) + 1.0)
+    left.set_xlabel("ImageNet top-1 (%), paper")
+    right.barh(y, [row["gmacs"] for row in rows], height=0.55, color=ORANGE, alpha=0.75, label="measured")
+    right.plot([row["paper_gmacs"] for row in rows], y, "|", color=INK, markersize=11, markeredgewidth=2, label="paper")
+    right.set_xlabel("GMACs at 224 px")
+    for ax in (left, right):
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.grid(axis="y", color="#eeeeee")
+        ax.set_axisbelow(True)
+    fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return fig
+
+
+def curve(rows: Sequence[Mapping]) -> Figure:
+    """Draw losses and accuracies over the epochs, from the rows of a training log, as `train.train` returns them."""
+    return training_curve(rows, figure(2.8, 2)[0])
+
+
+def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 4) -> Figure:
+    """Draw `images` (N, 3, H, W), uint8 or floating point in [0, 1], in a grid, with a short title above each."""
+    lines = -(-len(images) // columns)
+    use_style()
+    size = 6.0 / columns
+    fig, axes = plt.subplots(lines, columns, figsize=(6.0, lines * (size + 0.25 * bool(titles))), squeeze=False)
+    plt.close(fig)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, picture in zip(axes.flat, images):
+        ax.imshow(picture.permute(1, 2, 0).cpu().numpy())
+    for ax, title in zip(axes.flat, titles):
+        ax.set_title(title, fontsize=9.5, fontweight="normal")
+    return fig
+
+
+def step_table(*slugs: str) -> Table:
+    """Compare the cost of road steps with the paper's in both regimes: GMACs at 224 px, parameters, published top-1."""
+    rows = []
+    for regime, published in paper.ROADS.items():
+        for slug in slugs:
+            with torch.device("meta"):
+                model = build(slug, regime)
+            row = published[slug]
+            top1 = f"{row.top1:.2f}" + (f" ± {row.std:.2f}" if row.std else "")
+            costs = (f"{count_macs(model) / 1e9:.3f}", f"{row.gmacs:.2f}", f"{count_parameters(model) / 1e6:.2f}", top1)
+            rows.append((row.label, {"resnet50": "10", "resnet200": "11"}[regime], *costs))
+    return table(("step", "paper's Table", "GMACs here", "GMACs paper", "params (M)", "top-1 paper (%)"), rows)
+
+
+def gain_table(*slugs: str) -> Table:
+    """Show the paper's change of top-1 (points) from each of the road steps to the next, in both regimes.
+
+    Table 10 gives a standard deviation over three seeds for each step. "Spread of a difference" is the standard
+    deviation of the difference of two such runs.
+    """
+    rows = []
+    for old, new in pairwise(slugs):
+        before, after = paper.TABLE10[old], paper.TABLE10[new]
+        changes = [published[new].top1 - published[old].top1 for published in paper.ROADS.values()]
+        spread = math.hypot(before.std, after.std)
+        rows.append((f"{before.label} → {after.label}", f"{changes[0]:+.2f}", f"{spread:.2f}", f"{changes[1]:+.2f}"))
+    return table(("change of top-1 (points)", "ResNet-50", "spread of a difference", "ResNet-200, one run"), rows)
+
+
+def speed_table(models: Mapping[str, nn.Module], resolution: int = 224, batch_size: int = 8, repeats: int = 3) -> Table:
+    """Measure images per second of each model on this machine, forward and in training: median (slowest-fastest).
+
+    Input is (batch_size, 3, resolution, resolution). The models take turns, `repeats` times, so that none is measured
+    while the machine is warmer or busier.
+    """
+    speeds = {(name, training): [] for name in models for training in (False, True)}
+    for _ in range(repeats):
+        for (name, training), values in speeds.items():
+            values.append(throughput(models[name], resolution, batch_size, training, repeats=1).median)
+    rows = []
+    for name, model in models.items():
+        cells = [Throughput(median(s), min(s), max(s)) for s in (speeds[name, False], speeds[name, True])]
+        rows.append((name, f"{count_macs(model, resolution) / 1e9:.2f}", *map(str, cells)))
+    return table(("model", "GMACs", "forward", "forward + backward"), rows)
