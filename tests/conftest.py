@@ -7,6 +7,12 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from compatibility import (  # noqa: F401 (hooks)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 from image_folders import WNIDS, write_images
 
 

@@ -45,6 +45,13 @@ def test_four_maps_with_their_strides_and_channels(small):
     assert [info["reduction"] for info in small.feature_info] == [4, 8, 16, 32]
 
 
+@pytest.mark.compatibility(
+    library="timm",
+    way="forward_intermediates",
+    direction="in and out",
+    what="equal feature maps (1e-4)",
+    models="convnext_nano",
+)
 def test_maps_equal_timms():
     theirs = randomize(timm.create_model("convnext_nano", conv_mlp=False))
     ours = backbone("convnext_nano", theirs.state_dict()).eval()
@@ -98,6 +105,9 @@ def test_backbones_have_no_classifier_and_take_pretrained_weights(small, caplog)
 # ---- Precision, layout, memory
 
 
+@pytest.mark.compatibility(
+    library="PyTorch", way="{dtype}", direction="", what="autocast and pure", models="small ConvNeXt"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(small, dtype):
     with torch.inference_mode():
@@ -111,6 +121,9 @@ def test_half_precision(small, dtype):
         assert (logits.float() - expected).abs().max() < 0.05 * scale
 
 
+@pytest.mark.compatibility(
+    library="PyTorch", way="channels-last", direction="", what="equal logits", models="small ConvNeXt, small isotropic"
+)
 @pytest.mark.parametrize("make", [lambda: Backbone(**SIZES), lambda: ConvNeXtIsotropic(depth=2, dim=16)])
 def test_channels_last_computes_the_same_and_stays_channels_last(make):
     model = randomize(make())
@@ -124,6 +137,13 @@ def test_channels_last_computes_the_same_and_stays_channels_last(make):
                 assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.compatibility(
+    library="PyTorch",
+    way="activation checkpointing",
+    direction="",
+    what="equal gradients, less memory",
+    models="small ConvNeXt",
+)
 def test_activation_checkpointing_saves_memory_and_keeps_gradients():
     model = randomize(Backbone(**SIZES, num_classes=5, drop_path_rate=0.5)).train()
 
@@ -154,6 +174,13 @@ def test_activation_checkpointing_saves_memory_and_keeps_gradients():
 # ---- timm
 
 
+@pytest.mark.compatibility(
+    library="timm",
+    way="create_model",
+    direction="out",
+    what="classes, input channels, stochastic depth",
+    models="convnext_min_atto",
+)
 def test_timm_creates_our_models():
     model = timm.create_model("convnext_min_atto", num_classes=3, in_chans=1, drop_path_rate=0.1)
     assert isinstance(model, Backbone) and model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
@@ -162,12 +189,18 @@ def test_timm_creates_our_models():
     assert timm.create_model("convnext_min_atto", num_classes=0)(IMAGES).shape == (2, 320)
 
 
+@pytest.mark.compatibility(
+    library="timm", way="create_model", direction="out", what="features_only, out_indices", models="convnext_min_atto"
+)
 def test_timm_gives_feature_maps():
     model = timm.create_model("convnext_min_atto", features_only=True, out_indices=(1, 3))
     assert model.feature_info.channels() == [80, 320] and model.feature_info.reduction() == [8, 32]
     assert [tuple(found.shape) for found in model(IMAGES)] == [(2, 80, 8, 12), (2, 320, 2, 3)]
 
 
+@pytest.mark.compatibility(
+    library="timm", way="create_model", direction="out", what="pretrained=True", models="convnext_min_tiny"
+)
 def test_timm_loads_the_official_weights(tmp_path):
     state = randomize(weights.create("convnext_tiny")).state_dict()
     torch.save({"model": state}, tmp_path / "convnext_tiny_1k_224_ema.pth")
@@ -197,6 +230,9 @@ def test_timm_has_our_tags_with_their_addresses_and_preprocessing():
 # ---- torch.hub
 
 
+@pytest.mark.compatibility(
+    library="torch.hub", way="hubconf.py", direction="out", what="load from a local copy", models="convnext_atto"
+)
 def test_torch_hub_from_a_local_copy():
     entries = runpy.run_path(str(ROOT / "hubconf.py"))
     assert {name for name in entries if name.startswith("convnext_")} == weights.VARIANTS.keys()

@@ -215,6 +215,9 @@ def test_without_classes_the_output_is_the_features():
         assert model(images).shape == (2, 32)
 
 
+@pytest.mark.compatibility(
+    library="PyTorch", way="torch.jit.script", direction="out", what="equal logits", models="small ConvNeXt"
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, {"layer_scale_init_value": 0}, {"num_classes": 0}], ids=str)
 def test_torchscript_computes_the_same(options):
@@ -225,6 +228,13 @@ def test_torchscript_computes_the_same(options):
         assert not torch.equal(scripted.train()(images), model(images)), "stochastic depth is on in training mode"
 
 
+@pytest.mark.compatibility(
+    library="torchvision",
+    way="create_feature_extractor",
+    direction="out",
+    what="feature maps in training and evaluation mode",
+    models="small ConvNeXt",
+)
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained")  # stochastic depth: two graphs
 def test_torchvision_extracts_the_stages_with_stochastic_depth():
     model = randomize(ConvNeXt(**SMALL, drop_path_rate=0.9))

@@ -145,6 +145,9 @@ def test_wrong_bytes_without_a_digest_leave_the_cache_when_they_cannot_be_read(s
     assert cached() == [] and requests == [0, 0]
 
 
+@pytest.mark.compatibility(
+    library="all four", way="URL: http, file", direction="in", what="resumed download", models="small ConvNeXt"
+)
 def test_weights_from_a_server_and_from_a_file_address(serve, tmp_path):
     model = randomize(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=2))
     torch.save({"model": model.state_dict()}, tmp_path / "file.pth")

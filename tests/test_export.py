@@ -41,6 +41,13 @@ def outputs(model, images):
     return result if isinstance(result, list) else [result]
 
 
+@pytest.mark.compatibility(
+    library="PyTorch",
+    way="torch.compile",
+    direction="out",
+    what="one graph, equal logits: {which}",
+    models="small ConvNeXt",
+)
 @pytest.mark.parametrize("which", MODELS)
 def test_torch_compile_has_one_graph_and_computes_the_same(which):
     model = randomize(MODELS[which]())
@@ -55,6 +62,13 @@ def test_torch_compile_trains_with_stochastic_depth():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.compatibility(
+    library="PyTorch",
+    way="torch.export",
+    direction="out",
+    what="dynamic batch and size: {which}",
+    models="small ConvNeXt",
+)
 @pytest.mark.parametrize("which", MODELS)
 def test_torch_export_with_dynamic_batch_and_size(which):
     model = randomize(MODELS[which]())
@@ -64,6 +78,13 @@ def test_torch_export_with_dynamic_batch_and_size(which):
         torch.testing.assert_close(outputs(program.module(), images), outputs(model, images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.compatibility(
+    library="ONNX",
+    way="onnxruntime",
+    direction="out",
+    what="equal (1e-4), dynamic batch and size: {which}",
+    models="small ConvNeXt",
+)
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
 @pytest.mark.parametrize("which", MODELS)
 def test_onnxruntime_computes_the_same_with_dynamic_batch_and_size(which, tmp_path):

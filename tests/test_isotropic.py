@@ -40,6 +40,13 @@ def official(state, images):
     return F.linear(x, state["head.weight"], state["head.bias"])
 
 
+@pytest.mark.compatibility(
+    library="official",
+    way="state dict",
+    direction="in and out",
+    what="isotropic models, equal logits (1e-5)",
+    models="small isotropic",
+)
 @pytest.mark.parametrize("layer_scale", [0.0, 1e-6])
 def test_keys_and_function_are_the_official_ones(layer_scale):
     model = randomize(ConvNeXtIsotropic(**SMALL, layer_scale_init_value=layer_scale))
@@ -62,6 +69,13 @@ def test_initial_weights_rates_and_head_scale():
     assert not model.stem.bias.any() and model.blocks[0].gamma is None
 
 
+@pytest.mark.compatibility(
+    library="official",
+    way="torch.save file",
+    direction="in and out",
+    what="isotropic models, with and without layer scale",
+    models="small isotropic",
+)
 def test_released_weights_load_with_and_without_layer_scale(tmp_path):
     for layer_scale in (0.0, 1e-6):
         model = randomize(ConvNeXtIsotropic(**SMALL, layer_scale_init_value=layer_scale))

@@ -45,6 +45,9 @@ THEIRS = {
 }
 
 
+@pytest.mark.compatibility(
+    library="{library}", way="state dict", direction="in and out", what="equal logits (1e-5)", models="{name}"
+)
 @pytest.mark.parametrize("library", THEIRS)
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_small"])
 def test_round_trip_with_equal_logits(name, library):
@@ -59,6 +62,13 @@ def test_round_trip_with_equal_logits(name, library):
     assert torch.equal(logits(back, images), expected)
 
 
+@pytest.mark.compatibility(
+    library="timm",
+    way="state dict",
+    direction="in and out",
+    what="1x1 convolutions for linear layers",
+    models="convnext_atto",
+)
 def test_timms_small_models_have_convolutions_in_place_of_linear_layers():
     images = torch.randn(2, 3, 64, 64)
     theirs = randomize(timm.create_model("convnext_atto"))
@@ -68,6 +78,13 @@ def test_timms_small_models_have_convolutions_in_place_of_linear_layers():
     theirs.load_state_dict(weights.convert(ours.state_dict(), "timm", conv_mlp=True))
 
 
+@pytest.mark.compatibility(
+    library="transformers",
+    way="state dict",
+    direction="in",
+    what="features without a classifier",
+    models="ConvNextModel",
+)
 def test_transformers_model_without_classifier_gives_features():
     theirs = randomize(ConvNextModel(transformers_model(**SIZES).config))
     ours = weights.load(theirs.state_dict())
@@ -76,6 +93,9 @@ def test_transformers_model_without_classifier_gives_features():
         torch.testing.assert_close(ours.eval()(images), theirs(images).pooler_output, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compatibility(
+    library="all four", way="state dict", direction="in and out", what="no layer scale", models="small ConvNeXt"
+)
 def test_models_without_layer_scale_are_read_and_written():
     plain = randomize(ConvNeXt(**SMALL, layer_scale_init_value=0))
     for library in formats.FORMATS:
@@ -91,6 +111,13 @@ def equal(one, other):
 # ---- Files
 
 
+@pytest.mark.compatibility(
+    library="training scripts",
+    way="torch.save file",
+    direction="in",
+    what="weights stored as: {id}",
+    models="small ConvNeXt",
+)
 @pytest.mark.parametrize(
     ("wrap", "averaged"),
     [
@@ -110,12 +137,22 @@ def test_files_of_training_scripts(small, tmp_path, wrap, averaged):
     assert equal(weights.load(tmp_path / "file.pth", averaged).state_dict(), small.state_dict())
 
 
+@pytest.mark.compatibility(
+    library="torch.optim.swa_utils",
+    way="torch.save file",
+    direction="in",
+    what="averaged weights",
+    models="small ConvNeXt",
+)
 def test_weights_averaged_by_pytorch(small, tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(small)
     torch.save(averaged.state_dict(), tmp_path / "file.pth")
     assert equal(weights.load(tmp_path / "file.pth").state_dict(), small.state_dict())
 
 
+@pytest.mark.compatibility(
+    library="all four", way="state dict", direction="in", what="half-precision weights", models="small ConvNeXt"
+)
 def test_half_precision_weights_are_loaded_into_the_models_precision(small):
     half = {key: value.half() for key, value in small.state_dict().items()}
     model = weights.load(half)
@@ -169,6 +206,13 @@ def test_safetensors_is_named_where_it_is_missing(small, tmp_path, monkeypatch):
 # ---- Hugging Face's layout
 
 
+@pytest.mark.compatibility(
+    library="transformers",
+    way="folder: config.json, model.safetensors",
+    direction="in and out",
+    what="equal logits (1e-5), labels",
+    models="small ConvNeXt",
+)
 def test_a_folder_in_hugging_faces_layout(small, tmp_path):
     labels = ["ant", "bee", "cat", "dog", "emu"]
     folder = weights.save_pretrained(small, tmp_path / "model", labels)
@@ -197,6 +241,13 @@ def test_no_layer_scale_is_written_into_the_configuration(tmp_path):
 # ---- What differs from the weights
 
 
+@pytest.mark.compatibility(
+    library="all four",
+    way="state dict",
+    direction="in",
+    what="another number of classes, or none",
+    models="small ConvNeXt",
+)
 def test_another_number_of_classes_starts_a_new_classifier_and_says_so(small, caplog):
     model = weights.load(small.state_dict(), num_classes=3)
     assert caplog.messages == ["the classifier is new: 3 classes, the weights have 5"]
@@ -210,6 +261,9 @@ def test_another_number_of_classes_starts_a_new_classifier_and_says_so(small, ca
     assert caplog.messages == ["the classifier is new: 3 classes, the weights have none"]
 
 
+@pytest.mark.compatibility(
+    library="all four", way="state dict", direction="in", what="{in_chans} input channels", models="small ConvNeXt"
+)
 @pytest.mark.parametrize("in_chans", [1, 2, 4, 7])
 def test_the_stem_is_adapted_to_other_input_channels_as_timm_does(small, in_chans, caplog):
     model = weights.load(small.state_dict(), in_chans=in_chans)
@@ -319,6 +373,9 @@ def test_unknown_names_and_tags(name, tag, message):
         weights.create(name, tag)
 
 
+@pytest.mark.compatibility(
+    library="official", way="address of the release", direction="in", what="pretrained=tag", models="convnext_tiny"
+)
 def test_a_tag_downloads_the_official_file(tmp_path, monkeypatch, caplog):
     model = randomize(convnext.convnext_tiny(num_classes=21841))
     torch.save({"model": model.state_dict()}, tmp_path / "convnext_tiny_22k_224.pth")
