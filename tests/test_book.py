@@ -102,3 +102,10 @@ def test_the_reference_covers_every_module():
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "convnext_min").rglob("*.py")]
     modules = {".".join(path.parts).removesuffix(".__init__") for path in files if path.name != "__main__"}
     assert set(re.findall(r"automodule:: ([\w.]+)$", page, re.MULTILINE)) == modules - {"convnext_min"}
+
+
+def test_the_architecture_page_lists_every_file_with_a_sentence():
+    lines = [item.get_text(" ", strip=True) for item in soup(HTML / "book" / "architecture.html").select("li")]
+    for path in (ROOT / "convnext_min").rglob("*.py"):
+        if not path.stem.startswith("__"):
+            assert any(re.match(rf"{re.escape(path.name)} ?: ?\S+ \S+", line) for line in lines), path.name
