@@ -1,9 +1,11 @@
 """`accelerate` changes how the gradients are computed, and nothing else."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import timm
@@ -140,11 +142,15 @@ def test_in_bfloat16_the_error_is_no_larger_than_the_plain_models():
 
 
 @pytest.fixture
-def no_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def compile_again():
     kernels.kernels.cache_clear()
     yield
     kernels.kernels.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, compile_again):
+    monkeypatch.setenv("CXX", "no-such-compiler")
 
 
 def test_without_a_compiler_it_says_so_once_and_computes_the_same(no_compiler, recwarn):
@@ -155,6 +161,93 @@ def test_without_a_compiler_it_says_so_once_and_computes_the_same(no_compiler, r
     gradients(model, x)
     said = [warning for warning in recwarn if "kernels.cpp was not compiled" in str(warning.message)]
     assert len(said) == 1 and "no-such-compiler" in str(said[0].message)
+
+
+def script(path, text):
+    """Write a shell script that can be executed, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "command", ["", " ", "c++ -DNAME='a b'", "wrapper c++", "'{folder}/my tools/c++' -g", "{folder}/my tools/c++"]
+)
+def test_cxx_can_have_arguments_a_wrapper_spaces_or_nothing(command, tmp_path, monkeypatch):
+    script(tmp_path / "bin" / "wrapper", 'exec "$@"')
+    script(tmp_path / "my tools" / "c++", 'exec c++ "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", command.format(folder=tmp_path))
+    subprocess.run([*kernels.compiler(), "--version"], check=True)
+
+
+@pytest.mark.parametrize("refused", ["-fopenmp)", "-fopenmp|-march=native)", "-fopenmp*|-march=*|-mcpu=*)"])
+def test_a_compiler_without_openmp_or_native_code_builds_kernels_too(
+    refused, tmp_path, monkeypatch, compile_again, recwarn
+):
+    refuse = f'for word; do case "$word" in {refused} echo "unsupported $word" >&2; exit 1;; esac; done'
+    monkeypatch.setenv("CXX", script(tmp_path / "clang", refuse + '\nexec c++ "$@" -O0'))
+    block, x = spread(Block(24, layer_scale_init_value=1.0)), torch.randn(2, 24, 9, 9)
+    right = gradients(block, x)
+    assert_same(gradients(fast.accelerate(block), x), right)
+    assert kernels.kernels(torch.float32) is not None and not recwarn.list
+
+
+def _raise(error):
+    raise error
+
+
+def test_without_a_temporary_folder_it_computes_the_same(monkeypatch, compile_again):
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **kwargs: _raise(FileNotFoundError("no usable folder")))
+    block, x = spread(Block(8, layer_scale_init_value=1.0)), torch.randn(2, 8, 9, 9)
+    right = gradients(block, x)
+    with pytest.warns(UserWarning, match="no usable folder"):
+        assert_same(gradients(fast.accelerate(block), x), right)
+
+
+def test_a_loaded_library_need_not_be_deleted(tmp_path, monkeypatch, compile_again):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CXX", script(tmp_path / "quick", 'exec c++ "$@" -O0'))
+    monkeypatch.setattr(os, "unlink", lambda *args, **kwargs: _raise(PermissionError("in use")))  # as on Windows
+    assert kernels.kernels(torch.float32) is not None
+
+
+def test_any_message_of_a_compiler_can_be_shown(tmp_path, monkeypatch, compile_again):
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", r"printf '\377\376 f\303\274r' >&2; exit 1"))
+    with pytest.warns(UserWarning, match="f\u00fcr"):
+        assert kernels.kernels(torch.float32) is None
+
+
+def test_an_unreadable_cxx_is_named(monkeypatch, compile_again):
+    monkeypatch.setenv("CXX", "c++ '-O2")
+    with pytest.warns(UserWarning, match="No closing quotation"):
+        assert kernels.kernels(torch.float32) is None
+
+
+def test_kernels_refuse_tensors_that_are_no_arrays():
+    x = torch.randn(4, 4)
+    for tensor in (x[:, ::2], x.to("meta"), x.to(torch.float64), x.to_sparse(), torch._neg_view(x)):
+        with pytest.raises(ValueError, match="needs a contiguous CPU tensor"):
+            kernels.run(torch.float32, "gelu", tensor.numel(), tensor, torch.empty_like(x))
+
+
+STEP = """
+import copy, torch
+from convnext_min.convnext import convnext_atto
+from convnext_min.fast import accelerate
+torch.manual_seed(0)
+plain = convnext_atto(num_classes=3, dims=(8, 8, 8, 8), layer_scale_init_value=1.0)
+model, x = accelerate(copy.deepcopy(plain)), torch.randn(2, 3, 32, 32)
+for network in (plain, model):
+    network(x).square().sum().backward()
+for a, b in zip(model.parameters(), plain.parameters()):
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item())
+"""
+
+
+def test_without_assertions_python_computes_the_same():
+    subprocess.run([sys.executable, "-O", "-c", STEP], check=True)
 
 
 def test_what_the_kernels_cannot_compute_is_computed_as_before():
@@ -250,6 +343,16 @@ def test_gelu_has_autograds_gradient(shape, layout):
     assert_same(gradients(fast.accelerate(nn.GELU()), x), gradients(nn.GELU(), x.double()))
     tanh = nn.GELU("tanh")  # another function, left alone
     assert_same(gradients(fast.accelerate(tanh), x), gradients(nn.GELU("tanh"), x), 0)
+
+
+def test_stochastic_depth_drops_the_same_images_of_a_batch():
+    block, x = spread(Block(8, drop_path=0.5, layer_scale_init_value=1.0)), torch.randn(8, 8, 6, 6)
+    torch.manual_seed(1)
+    right = gradients(block, x)
+    torch.manual_seed(1)
+    assert_same(gradients(fast.accelerate(block), x), right)
+    dropped = (right[0] == x).flatten(1).all(1)
+    assert 0 < dropped.sum() < 8
 
 
 @pytest.mark.parametrize("slug", ["depthwise", "inverted", "gelu", "convnext"])

@@ -122,17 +122,13 @@ class _Fast:
 
     def _can_fuse(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the block has the layers and shapes that kernels.cpp assumes, without hooks on them."""
-        return (
-            is_eager()
-            and is_original()
-            and not _has_any_global_hook()
-            and all(map(is_untouched, self._layers(), self.kinds))
-            and is_ordinary(x, *self._weights())
-            and x.ndim == 4
-            and self._has_known_shapes(x.shape[1])
-            and self.act.approximate == "none"
-            and kernels(dtype) is not None
-        )
+        if not (is_eager() and is_original() and not _has_any_global_hook()):
+            return False
+        if not all(map(is_untouched, self._layers(), self.kinds)) or self.act.approximate != "none":
+            return False
+        weights = self._weights()
+        known = is_ordinary(x, *weights) and x.ndim == 4 and self._has_known_shapes(x.shape[1], weights)
+        return known and kernels(dtype) is not None
 
     def _layers(self) -> tuple[nn.Module, ...]:
         return self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path
@@ -141,8 +137,8 @@ class _Fast:
         layers, gamma = (self.dwconv, self.norm, self.pwconv1, self.pwconv2), getattr(self, "gamma", None)
         return [tensor for layer in layers for tensor in (layer.weight, layer.bias)] + [gamma] * (gamma is not None)
 
-    def _has_known_shapes(self, c: int) -> bool:
-        conv, size, one, weights = self.dwconv, self.dwconv.kernel_size[0], self.pointwise, self._weights()
+    def _has_known_shapes(self, c: int, weights: list[Tensor]) -> bool:
+        conv, size, one = self.dwconv, self.dwconv.kernel_size[0], self.pointwise
         centred = conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2) and size % 2 == 1
         shapes = (c, 1, size, size), (c,), (c,), (c,), (4 * c, c, *one), (4 * c,), (c, 4 * c, *one), (c,), (c,)
         return (

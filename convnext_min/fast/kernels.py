@@ -107,7 +107,7 @@ def is_array(tensor: Tensor | None) -> bool:
     """Return whether `tensor` is an ordinary CPU tensor, whose values lie in memory as its strides say."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and torch._C._has_storage(tensor)  # neither sparse nor batched
         and tensor.dtype in TYPES
         and not (tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor())
