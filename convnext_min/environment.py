@@ -1,4 +1,4 @@
-"""What a result depends on besides its recipe: command, commit, versions and machine."""
+"""Describe the environment of a result (command, commit, versions, machine), and write its files safely."""
 
 import contextlib
 import json
@@ -6,10 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -52,6 +53,25 @@ def environment() -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO]:
+    """Open a file that replaces `path` once it is complete and on the disk; until then `path` stays as it was.
+
+    Raises OSError, for example if the disk is full; `path` is then unchanged.
+    """
+    partial_path = path.with_suffix(".partial")
+    try:
+        with open(partial_path, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial_path.unlink(missing_ok=True)
+        raise
+    partial_path.replace(path)
+
+
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write `values` as readable JSON."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    with atomic_write(path, encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2) + "\n")

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
 STEMS = ("patchify", "overlapping")
-INITS = ("paper", "fan_in", "pytorch")  # see `train.small`
+INITS = ("paper", "fan_in", "pytorch")  # see `train.models`
 
 
 class Range(NamedTuple):
@@ -96,7 +96,7 @@ class Recipe:
     warmup: float = field(20 / 300, FRACTION, TABLES)  # fraction of the run
     weight_decay: float = field(0.05, NOT_NEGATIVE, TABLES)  # not on biases, norms and layer scale
     clip_grad: float | None = field(None, POSITIVE, TABLES)  # largest norm of the gradient
-    layer_decay: float = field(1.0, SHARE, TABLES)  # factor on the learning rate per group of blocks: `layer_decay`
+    layer_decay: float = field(1.0, SHARE, TABLES)  # factor on the learning rate per group of blocks: `train.optim`
 
     # Regularization
     label_smoothing: float = field(0.1, FRACTION, TABLES)
@@ -122,7 +122,7 @@ class Recipe:
     exif_orientation: bool = field(True)  # turn images upright; False: as stored, as the released code reads them
 
     # Model
-    stem: str = field("patchify", one_of(*STEMS), ("section 2.2",) * 2)  # "overlapping": see `train.small`
+    stem: str = field("patchify", one_of(*STEMS), ("section 2.2",) * 2)  # "overlapping": see `train.models`
     init: str = field("paper", one_of(*INITS), ("Table 5 has std 0.2, the released code 0.02", "released code"))
     layer_scale_init: float = field(1e-6, NOT_NEGATIVE, ("Table 5", 'Table 6: "pre-trained"'))  # 0: no layer scale
     head_init_scale: float = field(1.0, NOT_NEGATIVE, TABLES)
@@ -283,7 +283,7 @@ _ROAD = Recipe(
 RECIPES = {
     # Small data, plain: the paper's optimizer, schedule and label smoothing, without Mixup and CutMix.
     "imagenette": _IMAGENETTE,
-    # Three minutes from the start of the process to the result, with three changes to the network (see `train.small`)
+    # Three minutes from the start of the process to the result, with three changes to the network (see `train.models`)
     # and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation.
     # Results of this and the next two: book/results/imagenette
     "imagenette-3min": _IMAGENETTE_3MIN,

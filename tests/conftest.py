@@ -13,7 +13,22 @@ from compatibility import (  # noqa: F401 (hooks)
     pytest_configure,
     pytest_terminal_summary,
 )
+from helpers import folder_of_images
 from image_folders import WNIDS, write_images
+
+from convnext_min.data import synthetic_images
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Return 40 drawn images of ten classes."""
+    return synthetic_images("train", 32, 40)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Return a folder with 96 training and 16 validation images of two classes, not to be changed."""
+    return folder_of_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from convnext_min import recipes, train
+from convnext_min import recipes
 from convnext_min.data import check, class_map
+from convnext_min.train.__main__ import read_arguments
 from convnext_min.train.plan import main as plan_main
 from convnext_min.train.plan import plan
 
@@ -32,13 +33,13 @@ def test_a_command_about_the_images_is_taken(line, tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", TRAINING)
 def test_a_training_command_fits_its_recipe_and_its_processes(line):
     launcher, _, options = line.partition("convnext_min.train ")
-    args = train.read_arguments(shlex.split(options))
+    args = read_arguments(shlex.split(options))
     recipe = recipes.get(args.recipe, args.set, args.model)
     processes = 1
     for option in ("--nnodes", "--nproc-per-node"):
         if option in launcher:
             processes *= int(launcher.split(f"{option} ")[1].split()[0])
-    made = plan(recipe, 1_281_167, processes, args.per_device_batch)
+    made = plan(recipe, 1_281_167, processes, args.micro_batch)
     assert made.recipe == recipe and made.warnings == ()
 
 
@@ -46,4 +47,4 @@ def test_the_plan_on_the_page_is_made(capsys):
     (line,) = [line for line in COMMANDS if "train.plan" in line]
     options = [part for part in shlex.split(line)[3:] if part != "--measure"]
     plan_main(options)
-    assert "4,096 images a step" in capsys.readouterr().out
+    assert "effective batch size 4,096 = " in capsys.readouterr().out

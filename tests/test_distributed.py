@@ -14,26 +14,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import TINY, command, equal, folder_of_images
+from helpers import TINY, command, equal, folder_of_images
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from convnext_min import train
-from convnext_min.data import Batches, synthetic_images
+from convnext_min.data import Batches
 from convnext_min.recipes import Recipe
-from convnext_min.train import distributed, engine, records
-from convnext_min.train.engine import Run, Setup
+from convnext_min.train import RunConfig, Stopped, Trainer, clock, create_model, distributed, evaluate, loop, train
+from convnext_min.train.__main__ import main
+from convnext_min.train.checkpoint import load_checkpoint
 
 PLAIN = replace(TINY, epochs=2, clip_grad=100.0)  # 10 steps of 8 images
 RANDOM = replace(PLAIN, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
 
 # Processes are forked from one that has imported these, and so start at once.
-multiprocessing.set_forkserver_preload(["convnext_min.train", "torch.distributed.fsdp", "matplotlib.pyplot", "pytest"])
-
-
-@pytest.fixture(scope="module")
-def images():
-    return synthetic_images("train", 32, 40)
+multiprocessing.set_forkserver_preload(
+    ["convnext_min.train.__main__", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +38,25 @@ def alone(images):
     return with_gradients(images)
 
 
-def trained(images, recipe=PLAIN, output=None, resume=False, setup=None):
+def trained(images, recipe=PLAIN, output=None, resume=False, config=None, after_step=None):
     """The weights to use after a whole run."""
     sets = images, images.subset(slice(13))
-    history = train.train("convnext_atto", recipe, *sets, output, resume=resume, device="cpu", setup=setup)
-    return distributed.gathered(history.model.state_dict())
+    history = train("convnext_atto", recipe, *sets, output, 0, resume, config, after_step=after_step)
+    return distributed.full_state_dict(history.model)
 
 
-def with_gradients(images, setup=None):
+def with_gradients(images, config=None):
     """The weights after a whole run, and the gradients of its first step: AdamW does not mind their scale."""
     gradients = {}
 
     def note(optimizer, *_):
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         for number, parameter in enumerate(parameters):
-            gradients.setdefault(f"gradient {number}", distributed.gathered(parameter.grad).clone())
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            gradients.setdefault(f"gradient {number}", grad.clone())
 
     hook = register_optimizer_step_pre_hook(note)
-    weights = trained(images, setup=setup)
+    weights = trained(images, config=config)
     hook.remove()
     return weights | gradients
 
@@ -68,7 +66,7 @@ def member(rank, world, port, function, arguments, results):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with contextlib.nullcontext() if function is train.main else distributed.processes("cpu"):
+    with contextlib.nullcontext() if function is main else distributed.processes("cpu"):
         torch.save(function(*arguments), results / f"{rank}.pt")
 
 
@@ -103,36 +101,34 @@ def assert_close(got, right):
 
 
 @pytest.mark.parametrize(
-    ("world", "setup"),
+    ("world", "config"),
     [
-        (1, Setup(per_device_batch=2)),
-        (1, Setup(checkpoint_activations=True)),
-        (2, Setup()),
-        (2, Setup(per_device_batch=2)),
-        (2, Setup(fsdp=True)),
-        (2, Setup(fsdp=True, per_device_batch=2, checkpoint_activations=True)),
+        (1, RunConfig(micro_batch=2)),
+        (1, RunConfig(checkpoint_activations=True)),
+        (2, RunConfig()),
+        (2, RunConfig(micro_batch=2)),
+        (2, RunConfig(fsdp=True)),
+        (2, RunConfig(fsdp=True, micro_batch=2, checkpoint_activations=True)),
     ],
     ids=["accumulation", "checkpointed", "two", "two-accumulation", "fsdp", "fsdp-all"],
 )
-def test_processes_parts_of_batches_and_shards_give_the_weights_of_one_process(images, alone, tmp_path, world, setup):
+def test_processes_parts_of_batches_and_shards_give_the_weights_of_one_process(images, alone, tmp_path, world, config):
     if world == 1:
-        results = [with_gradients(images, setup)]
+        results = [with_gradients(images, config)]
     else:
-        results = in_processes(world, tmp_path, with_gradients, images, setup)
+        results = in_processes(world, tmp_path, with_gradients, images, config)
     for weights in results:
         assert_close(weights, alone)
     assert equal(results[0], results[-1])
 
 
-def calls(images, setup):
+def calls(images, config):
     """In one process: gradients sent in a step, seeds of its parts, and their images."""
     seen = {"sent": 0, "seeds": [], "images": []}
-    plain_loss = Run._loss
 
-    def note(self, x, y):
-        seen["seeds"].append((self.step, torch.initial_seed()))
-        seen["images"].append(len(y))
-        return plain_loss(self, x, y)
+    def note(model, inputs):
+        seen["seeds"].append((trainer.step, torch.initial_seed()))
+        seen["images"].append(len(inputs[0]))
 
     def send(state, bucket):
         seen["sent"] += 1
@@ -140,18 +136,19 @@ def calls(images, setup):
             torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda f: f.value()[0])
         )
 
-    Run._loss = note
-    place = {"rank": distributed.rank(), "world_size": distributed.world()}
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = Batches(images, 8, 32, True, 0, **place)
-    run = Run(train.make_model("convnext_atto", RANDOM, 10), "convnext_atto", RANDOM, batches, 0, "cpu", 0.0, setup)
-    run.network.register_comm_hook(None, send)
+    model = create_model("convnext_atto", RANDOM, 10)
+    trainer = Trainer(model, "convnext_atto", RANDOM, batches, 0, torch.device("cpu"), config)
+    trainer.parallel_model.register_comm_hook(None, send)
+    model.register_forward_pre_hook(note)
     for x, y in batches.epoch(0):
-        run.train_step(x, y)
+        trainer.train_step(x, y)
     return seen
 
 
 def test_each_part_of_a_batch_draws_its_own_and_gradients_are_sent_once(images, tmp_path):
-    one, two = in_processes(2, tmp_path, calls, images, Setup(per_device_batch=2))
+    one, two = in_processes(2, tmp_path, calls, images, RunConfig(micro_batch=2))
     assert one["images"] == two["images"] == [2] * 10  # 5 steps, 2 parts each
     assert one["sent"] == two["sent"] == 5
     assert len({*one["seeds"], *two["seeds"]}) == 20
@@ -161,23 +158,20 @@ def test_each_part_of_a_batch_draws_its_own_and_gradients_are_sent_once(images, 
 def timed(images):
     """A run of minutes in which a step takes a second, on a clock that is an hour ahead in the second process."""
     now = SimpleNamespace(seconds=3600.0 * distributed.rank())
-    plain_step = Run.train_step
 
-    def step(self, x, y):
-        loss = plain_step(self, x, y)
+    def tick(trainer):
         now.seconds += 1
-        return loss
 
-    Run.train_step = step
-    engine.time = SimpleNamespace(time=lambda: now.seconds)
-    train.evaluation_seconds = lambda *_: 4.0
-    history = train.train("convnext_atto", replace(PLAIN, minutes=0.4), images, images, device="cpu", started=0.0)
+    clock.time = SimpleNamespace(time=lambda: now.seconds)
+    loop.evaluation_seconds = lambda *_: 4.0
+    run = ("convnext_atto", replace(PLAIN, minutes=0.4), images, images)
+    history = train(*run, config=RunConfig(started=0.0), after_step=tick)
     return history.rows[-1]["step"], history.rows[-1]["lr"], history.model.state_dict()
 
 
 def test_processes_go_by_the_clock_of_the_first(images, tmp_path):
     one, two = in_processes(2, tmp_path, timed, images)
-    steps = 24 - 4 - engine.WRITING_SECONDS
+    steps = 24 - 4 - clock.WRITING_SECONDS
     assert one[0] == two[0] == steps and one[1] == two[1] == PLAIN.lr_at((steps - 1) / steps)
     assert equal(one[2], two[2])
 
@@ -194,17 +188,17 @@ def test_batch_norm_has_the_same_statistics_in_all_processes(images, tmp_path):
 def with_batch_norm(images, recipe):
     """The weights, and what is printed."""
     with contextlib.redirect_stdout(io.StringIO()) if distributed.rank() == 0 else contextlib.nullcontext() as text:
-        history = train.train("road:fewer_norms", recipe, images, images.subset(slice(13)), device="cpu")
+        history = train("road:fewer_norms", recipe, images, images.subset(slice(13)))
     return history.model.state_dict(), text.getvalue() if text else ""
 
 
 def evaluated(images, fsdp):
-    place = {"rank": distributed.rank(), "world_size": distributed.world()}
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     torch.manual_seed(1)
-    model = train.make_model("convnext_atto", TINY, 10)
+    model = create_model("convnext_atto", TINY, 10)
     if fsdp:
-        distributed.shard(model, torch.device("cpu"))
-    return train.evaluate(model, Batches(images, 12, 32, False, **place), "fp32")
+        distributed.apply_fsdp(model, torch.device("cpu"))
+    return evaluate(model, Batches(images, 12, 32, False, **place), "fp32")
 
 
 @pytest.mark.parametrize("number, fsdp", [(25, False), (25, True), (3925, False)])
@@ -219,36 +213,32 @@ def test_three_processes_validate_every_image_once(images, tmp_path, number, fsd
 # ---- Runs that break off
 
 
-def killed(images, folder, step, setup, recipe=RANDOM):
+def killed(images, folder, step, config, recipe=RANDOM):
     """A run whose last process dies without a word when `step` is done."""
-    plain_step = Run.train_step
 
-    def deadly(self, x, y):
-        loss = plain_step(self, x, y)
-        if self.step == step and distributed.rank() == distributed.world() - 1:
+    def die(trainer):
+        if trainer.step == step and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss
 
-    Run.train_step = deadly
-    trained(images, recipe, folder, setup=setup)
+    trained(images, recipe, folder, config=config, after_step=die)
 
 
 # Killed between two checkpoints, right before one, and in the first step of an epoch.
 @pytest.mark.parametrize(("world", "fsdp", "step"), [(1, False, 8), (2, False, 4), (2, True, 6)])
 def test_a_run_that_was_killed_ends_with_the_same_weights(images, tmp_path, world, fsdp, step):
-    setup = Setup(save_every="2", fsdp=fsdp)
-    whole = in_processes(world, tmp_path, trained, images, RANDOM, None, False, replace(setup, save_every=""))[0]
-    in_processes(world, tmp_path, killed, images, tmp_path / "run", step, setup)
-    saved = records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    config = RunConfig(save_every="2", fsdp=fsdp)
+    whole = in_processes(world, tmp_path, trained, images, RANDOM, None, False, replace(config, save_every=""))[0]
+    in_processes(world, tmp_path, killed, images, tmp_path / "run", step, config)
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
     assert saved == max(k for k in (2, 4, 5, 7, 9) if k < step)  # every second step, and the end of the epoch
-    resumed = in_processes(world, tmp_path, trained, images, RANDOM, tmp_path / "run", True, setup)[0]
+    resumed = in_processes(world, tmp_path, trained, images, RANDOM, tmp_path / "run", True, config)[0]
     assert equal(resumed, whole)
 
 
 def test_a_run_is_continued_with_other_processes(images, alone, tmp_path):
-    setup = Setup(save_every="3", fsdp=True)
-    in_processes(2, tmp_path, killed, images, tmp_path / "run", 8, setup, PLAIN)
-    assert records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
+    config = RunConfig(save_every="3", fsdp=True)
+    in_processes(2, tmp_path, killed, images, tmp_path / "run", 8, config, PLAIN)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
     weights = {key: value for key, value in alone.items() if not key.startswith("gradient")}
     assert_close(trained(images, PLAIN, tmp_path / "run", True), weights)
 
@@ -272,45 +262,42 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
                 break
         rest, errors = process.communicate()
     assert process.returncode != 0 and rest.count("stopped after step") == 1, errors
-    stopped = records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
     assert f"stopped after step {stopped}, saved in" in rest and 24 <= stopped < 96  # 24 steps an epoch
-    in_processes(2, tmp_path, train.main, [*arguments[2:], "--resume"])
+    in_processes(2, tmp_path, main, [*arguments[2:], "--resume"])
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == ["24", "48", "72", "96"]
 
 
 def stopped_by_one(images, folder):
-    if distributed.rank() == 1:
-        plain_step = Run.train_step
+    def request(trainer):
+        if trainer.step == 3 and distributed.rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
 
-        def asked(self, x, y):
-            loss = plain_step(self, x, y)
-            if self.step == 3:
-                signal.raise_signal(signal.SIGTERM)
-            return loss
-
-        Run.train_step = asked
-    with pytest.raises(train.Stopped, match="stopped after step 3, saved in") as stop:
-        trained(images, PLAIN, folder)
+    with pytest.raises(Stopped, match="stopped after step 3, saved in") as stop:
+        trained(images, PLAIN, folder, after_step=request)
     return stop.value.code
 
 
 def test_a_request_to_one_process_stops_all_at_the_same_step(images, tmp_path):
     assert in_processes(2, tmp_path, stopped_by_one, images, tmp_path / "run") == [143, 143]
-    assert records.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+class BrokenBatches(Batches):
+    """Batches of which the fourth has an image that is not a number, in the second process."""
+
+    def epoch(self, epoch=0, start=0):
+        for k, (x, y) in enumerate(super().epoch(epoch, start), start):
+            if k == 3 and self.rank == 1:
+                x[1, 2] = float("nan")
+            yield x, y
 
 
 def with_nan(images, folder):
-    plain_step = Run.train_step
-
-    def broken(self, x, y):
-        if self.step == 3 and distributed.rank() == 1:
-            x[1, 2] = float("nan")
-        return plain_step(self, x, y)
-
-    Run.train_step = broken
+    batches = BrokenBatches(images, 8, 32, True, rank=distributed.rank(), world_size=distributed.world_size())
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3") as error:
-        trained(images, PLAIN, folder)
+        train("convnext_atto", PLAIN, batches, images, folder)
     return str(error.value)
 
 
@@ -330,10 +317,10 @@ def test_a_loss_that_is_not_finite_stops_all_and_leaves_the_batches(images, tmp_
 def test_batches_that_cannot_be_divided_are_refused(images):
     with pytest.raises(ValueError, match="a batch of 8 images cannot be divided among 3 processes"):
         Batches(images, 8, 32, True, world_size=3)
-    with pytest.raises(ValueError, match="a batch of 8 images cannot be made up of parts of 3 images"):
-        trained(images, setup=Setup(per_device_batch=3))
-    with pytest.raises(ValueError, match=r"mixup and cutmix need an even number of images at a time .* got 1"):
-        trained(images, RANDOM, setup=Setup(per_device_batch=1))
+    with pytest.raises(ValueError, match="a batch of 8 images cannot be divided into micro-batches of 3 images"):
+        trained(images, config=RunConfig(micro_batch=3))
+    with pytest.raises(ValueError, match=r"mixup and cutmix need an even micro-batch, got 1 images"):
+        trained(images, RANDOM, config=RunConfig(micro_batch=1))
 
 
 def test_parts_of_training_batches_make_up_the_whole(images):
@@ -344,23 +331,14 @@ def test_parts_of_training_batches_make_up_the_whole(images):
         assert torch.equal(y, torch.cat([part[k][1] for part in parts]))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("gpu", "device 'gpu' cannot be used here: .*gpu"), ("cuda:99", "device 'cuda:99' cannot be used here")],
-)
-def test_devices_that_are_not_there_are_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        distributed.choose_device(name)
-
-
 def test_fsdp_needs_processes_and_blocks(images):
-    with pytest.raises(ValueError, match="--fsdp splits the network over processes: start several, with torchrun"):
-        trained(images, setup=Setup(fsdp=True))
+    with pytest.raises(ValueError, match="--fsdp shards the network over processes: start several, with torchrun"):
+        trained(images, config=RunConfig(fsdp=True))
     with pytest.raises(ValueError, match="Linear has no residual blocks"):
         distributed.blocks(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", ["road:convnext", "road:resnet50", "timm:convnext_atto", "torchvision:convnext_tiny"])
 def test_the_blocks_of_any_model_are_found(name):
-    model = train.make_model(name, Recipe(), 3)
+    model = create_model(name, Recipe(), 3)
     assert len(distributed.blocks(model)) == {"timm:convnext_atto": 12, "road:resnet50": 16}.get(name, 18)

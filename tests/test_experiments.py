@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_min import data, recipes, train
+from convnext_min import data, recipes
 from convnext_min.experiments import run, trials
 from convnext_min.experiments.run import Result
 from convnext_min.experiments.trials import Trial
+from convnext_min.train.__main__ import main
 
 TINY = ("epochs=1", "batch_size=4", "base_batch=4", "image_size=32", "resolution=32", "progressive=()")
 TINY += ("eval_resolution=32", "depths=(1,1,1,1)", "dims=(8,8,8,8)", "evaluate_every=0")
@@ -39,7 +40,7 @@ def here(monkeypatch):
 
     def start(command, stdout, stderr, env):
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            train.main(command[3:])  # after python -m convnext_min.train
+            main(command[3:])  # after python -m convnext_min.train
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
@@ -66,7 +67,7 @@ def test_runs_are_made_once_and_each_row_repeats_its_run(experiment, here, root,
     first = rows(output / "made" / "runs.csv")
     assert [(row["trial"], row["seed"], row["images"]) for row in first] == [("a", "0", "10"), ("b / c", "0", "10")]
 
-    train.main([*shlex.split(first[1]["options"]), "--data", str(root), "--output", str(tmp_path / "again")])
+    main([*shlex.split(first[1]["options"]), "--data", str(root), "--output", str(tmp_path / "again")])
     summary = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert round(100 * summary["top1"], 3) == float(first[1]["top1"])
     assert summary["recipe"] == json.loads(first[1]["recipe"])

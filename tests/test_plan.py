@@ -14,7 +14,7 @@ IMAGES = 1_281_167
 
 
 def test_the_papers_run_on_eight_gpus():
-    made = plan(IN1K, IMAGES, processes=8, per_process=128, images_per_second=800, rule=IN1K)
+    made = plan(IN1K, IMAGES, processes=8, micro_batch=128, images_per_second=800, rule=IN1K)
     assert (made.accumulation, made.recipe) == (4, IN1K)  # 8 x 128 x 4 = 4096
     assert made.steps_per_epoch == 312  # 1,281,167 / 4096 = 312.8, and the rest is dropped
     assert (made.warmup_steps, made.steps) == (20 * 312, 300 * 312)
@@ -22,9 +22,12 @@ def test_the_papers_run_on_eight_gpus():
     assert made.hours == pytest.approx(300 * 312 * 4096 / 6400 / 3600)
     assert made.warnings == ()
     text = str(made)
-    for part in ("8 processes with 128 images at a time, 4 times accumulated: 4,096 images a step", "93,600 steps"):
+    for part in (
+        "effective batch size 4,096 = 8 processes × 128 images × 4 gradient accumulation steps",
+        "93,600 steps",
+    ):
         assert part in text
-    assert "6,240 steps of warm-up" in text and "22 epochs" in text and "16.6 hours" in text
+    assert "6,240 steps of warm-up" in text and "EMA half-life: 22 epochs" in text and "16.6 hours" in text
 
 
 def test_more_processes_accumulate_less_and_change_nothing_else():
@@ -36,11 +39,11 @@ def test_more_processes_accumulate_less_and_change_nothing_else():
 
 def test_without_a_size_for_a_process_it_takes_its_share_at_once():
     made = plan(replace(IN1K, batch_size=64), 1000, 2)
-    assert (made.per_process, made.accumulation) == (32, 1)
+    assert (made.micro_batch, made.accumulation) == (32, 1)
 
 
 def test_a_batch_that_cannot_be_made_is_replaced_and_the_rate_with_it():
-    made = plan(IN1K, IMAGES, processes=3, per_process=100)
+    made = plan(IN1K, IMAGES, processes=3, micro_batch=100)
     assert made.recipe.batch_size == 3 * 100 * 14  # 4096 / 300 = 13.7
     assert made.recipe.lr == pytest.approx(4e-3 * 4200 / 4096)
     (warning,) = made.warnings
@@ -57,17 +60,17 @@ def test_an_average_over_a_part_of_the_run_has_the_half_life_of_its_end():
 
 def test_a_run_of_minutes_has_no_steps_to_plan():
     text = str(plan(recipes.get("imagenette", ["minutes=3"]), 9469, images_per_second=100))
-    assert "3 minutes" in text and "hours" not in text and "forgets" not in text
+    assert "3 minutes" in text and "hours" not in text and "half-life" not in text
 
 
 @pytest.mark.parametrize(
     ("changes", "images", "message"),
     [
         ({"base_batch": 256}, IMAGES, "learning rate 0.064 is 16 times that of the rule, 0.004 for 4096"),
-        ({"batch_size": 512}, 300, r"512 images is more than the data has, 300: --set batch_size=16 or less"),
-        ({"epochs": 3}, 409_600, "after 300 steps with decay 0.9999 97% of it are the initial weights"),  # 0.9999^300
-        ({"resolution": 32}, IMAGES, r"at 32 pixels the last layers see 1×1 .*resolution=64 or more"),
-        ({"progressive": ((0.5, 48),)}, IMAGES, "at 48 pixels the last layers see 1×1"),
+        ({"batch_size": 512}, 300, r"512 images is larger than the training set of 300: --set batch_size=16 or less"),
+        ({"epochs": 3}, 409_600, "EMA decay 0.9999 is too slow for 300 steps: 97% of the EMA"),  # 0.9999^300
+        ({"resolution": 32}, IMAGES, r"at 32 pixels the last feature map is 1×1.*resolution=64 or more"),
+        ({"progressive": ((0.5, 48),)}, IMAGES, "at 48 pixels the last feature map is 1×1"),
     ],
 )
 def test_what_is_known_to_fail_is_said(changes, images, message):
@@ -92,7 +95,8 @@ def test_what_is_sound_is_not_warned_of(changes, images, stride):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"), [((0, 1, 1), "images must be"), ((9, 0, 1), "processes must"), ((9, 1, 0), "of a process")]
+    ("numbers", "message"),
+    [((0, 1, 1), "images must be"), ((9, 0, 1), "processes must"), ((9, 1, 0), "per micro-batch must")],
 )
 def test_numbers_must_be_positive(numbers, message):
     with pytest.raises(ValueError, match=message):
@@ -101,14 +105,14 @@ def test_numbers_must_be_positive(numbers, message):
 
 def test_the_command_line_plans_and_measures(capsys):
     plan_main(["--recipe", "in1k", "--model", "convnext_tiny", "--gpus", "8", "--micro-batch", "128"])
-    assert "4 times accumulated: 4,096 images a step" in capsys.readouterr().out
+    assert "effective batch size 4,096 = 8 processes × 128 images × 4 gradient" in capsys.readouterr().out
     small = ["depths=(1,1,1,1)", "dims=(8,8,8,8)", "resolution=64", "batch_size=4"]
     plan_main(["--recipe", "imagenette", "--model", "convnext_atto", "--measure", "--set", *small])
-    assert "images a second in each process" in capsys.readouterr().out
+    assert "images per second and process" in capsys.readouterr().out
     plan_main(["--recipe", "road", "--model", "road:convnext"])
     assert "147 steps per epoch" in capsys.readouterr().out
     for more, message in (
-        (["--images-per-second", "0"], "error: the images a second must be positive, got 0"),
+        (["--images-per-second", "0"], "error: the images per second must be positive, got 0"),
         (["--gpus", "0", "--measure"], "error: the number of processes must be positive, got 0"),
         (["--images", "0"], "error: the number of images must be positive, got 0"),
     ):

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from convnext_min import recipes, train
+from convnext_min import recipes
 from convnext_min.data import disk, synthetic_images
 from convnext_min.recipes import Recipe
-from convnext_min.train import predict
+from convnext_min.train import create_model, predict, train
 
 RECIPE = Recipe(
     epochs=8,
@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     """A run's checkpoint, its validation images as files, and what the run answered for them."""
     folder = tmp_path_factory.mktemp("run")
     images = synthetic_images("train", 48, 20)
-    history = train.train("convnext_atto", RECIPE, images, images, folder)
+    history = train("convnext_atto", RECIPE, images, images, folder)
     files = []
     for i, pixels in enumerate(images.images):
         files.append(str(folder / f"{i}.png"))
@@ -97,7 +97,7 @@ def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
         cut.write_bytes(file.read(3000))
     weights = tmp_path / "weights.pt"
     torch.save({"weights": {}}, weights)
-    wrong = ((cut, "is cut off"), (tmp_path / "none.pt", "there is no checkpoint"), (weights, "holds no checkpoint"))
+    wrong = ((cut, "is damaged"), (tmp_path / "none.pt", "there is no checkpoint"), (weights, "is not a checkpoint"))
     for path, reason in wrong:
         code, _, _ = run(capsys, "--checkpoint", str(path), trained[1][0])
         assert code.startswith("error: ") and str(path) in code and reason in code
@@ -105,7 +105,7 @@ def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
 
 def test_a_network_without_a_name_cannot_be_rebuilt(tmp_path):
     images = synthetic_images("train", 32, 10)
-    model = train.make_model("convnext_atto", RECIPE, 10)
-    train.train(model, replace(RECIPE, epochs=1, batch_size=10), images, images, tmp_path)
-    with pytest.raises(ValueError, match=r"the network in .*checkpoint.pt cannot be built: .*'ConvNeXt'"):
+    model = create_model("convnext_atto", RECIPE, 10)
+    train(model, replace(RECIPE, epochs=1, batch_size=10), images, images, tmp_path)
+    with pytest.raises(ValueError, match=r"the network in .*checkpoint.pt cannot be created: .*'ConvNeXt'"):
         predict.load_model(tmp_path / "checkpoint.pt")

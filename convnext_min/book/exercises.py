@@ -20,7 +20,7 @@ from convnext_min.convnext import Block, ConvNeXt, LayerNorm
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import Recipe
 from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
-from convnext_min.train.layer_decay import group_of
+from convnext_min.train.optim import group_of
 
 
 def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int, int] = (2, 3, 64, 64)) -> None:

@@ -14,7 +14,7 @@ from convnext_min import paper
 from convnext_min.book.style import BLUE, INK, ORANGE, Table, figure, table, use_style
 from convnext_min.measure import Throughput, count_macs, count_parameters, road_table, throughput
 from convnext_min.roadmap import build
-from convnext_min.train.records import training_curve
+from convnext_min.train.log import training_curve
 
 
 def road(regime: str = "resnet50") -> Figure:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from convnext_min import convnext, fast
 from convnext_min.environment import environment, write_json
-from convnext_min.train.engine import autocast_dtype
+from convnext_min.train.device import autocast_dtype
 
 CLASSES = 1000
 

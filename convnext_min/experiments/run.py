@@ -192,7 +192,7 @@ def read_result(trial: Trial, seed: int, work: Path, threads: int) -> Result:
         "threads": threads,
     }
     curve = [{"trial": trial.name, "seed": seed} | point for point in read_rows(work / "log.csv")]
-    return Result(row, arrays["answers"], arrays["labels"], curve)
+    return Result(row, arrays["predictions"], arrays["labels"], curve)
 
 
 def select(name: str, trials: Sequence[str] | None) -> list[Trial]:

@@ -1,6 +1,183 @@
-"""`python -m convnext_min.train`."""
+"""Train a network: `python -m convnext_min.train --recipe imagenette --model convnext_atto --output runs/first`.
 
-from convnext_min.train import main
+The same command works on a CPU, on a GPU and, with `torchrun --nproc-per-node 8` instead of `python`, on several.
+Ctrl-C and SIGTERM save a checkpoint, and `--resume` continues as if there had been no stop.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from convnext_min import data, recipes
+from convnext_min.data import Data, ImageSet, disk
+from convnext_min.recipes import Recipe
+from convnext_min.train import distributed
+from convnext_min.train.device import autocast_dtype
+from convnext_min.train.log import import_wandb
+from convnext_min.train.loop import checkpoint_in, dry_run, prepare, train
+from convnext_min.train.models import create_model
+from convnext_min.train.plan import plan
+from convnext_min.train.pretrained import Start
+from convnext_min.train.trainer import RunConfig, micro_batch_size
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """Return the command line's options. Exits with a message if they contradict each other."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.train", description=__doc__)
+    _add_run_arguments(parser)
+    _add_machine_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or more, got {args.seed}")
+    if args.resume and not args.output:
+        parser.error("--resume needs the --output of the run")
+    if (args.finetune_ema or args.class_map) and not args.finetune:
+        parser.error("--finetune-ema and --class-map need the checkpoint: --finetune FILE")
+    if args.epochs:
+        args.set += [f"epochs={args.epochs}", "minutes=None"]
+    if args.minutes:
+        args.set += [f"minutes={args.minutes}"]
+    return args
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("the run")
+    run.add_argument("--recipe", default="imagenette", help=f"one of {', '.join(recipes.RECIPES)}")
+    run.add_argument(
+        "--model", default="convnext_atto", help="convnext_<variant>, road:<step>, timm:<name>, torchvision:<name>"
+    )
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--epochs", help="train for this many epochs")
+    length.add_argument("--minutes", help="train for this many minutes of wall clock instead")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--data", help="folder with train/<class>/ and val/<class>/, wds/<folder of tars>, hfds/<name>; or Imagenette"
+    )
+    images.add_argument(
+        "--workers", type=int, metavar="N", help="data-loading processes per GPU, for recipes that read from disk"
+    )
+    images.add_argument(
+        "--holdout", action="store_true", help="evaluate on every tenth training image, to choose settings"
+    )
+    first = parser.add_argument_group("initial weights")
+    first.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
+    first.add_argument("--finetune", metavar="FILE", help="start from the weights of a run or of an official release")
+    first.add_argument("--finetune-ema", action="store_true", help="start from the file's EMA weights instead")
+    first.add_argument("--class-map", metavar="FILE", help="file of source-class indices for the new classifier's rows")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", help="output folder (default: a new one in runs/)")
+    output.add_argument(
+        "--save-every", default="", metavar="N", help="500: optimizer steps, 15m: minutes; always after an epoch"
+    )
+    output.add_argument("--keep", type=int, default=2, metavar="N", help="number of newest checkpoints to keep (2)")
+    output.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases as well")
+    output.add_argument("--dry-run", action="store_true", help="try a step, a checkpoint, an evaluation; write nothing")
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    machine.add_argument(
+        "--micro-batch", type=int, metavar="N", help="images per process and forward pass; fewer need less memory"
+    )
+    machine.add_argument(
+        "--checkpoint-activations", action="store_true", help="less memory, about a third more time per step"
+    )
+    machine.add_argument("--fsdp", action="store_true", help="shard the network over the processes of torchrun")
+    machine.add_argument(
+        "--no-accelerate", dest="accelerate", action="store_false", help="on a CPU: PyTorch's own layers only"
+    )
+    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster on a GPU")
+
+
+def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Data, ImageSet | Data]:
+    """Return the images for training and for validation, in memory or read from the disk as the recipe says."""
+    if recipe.loader == "disk":
+        if args.data is None:
+            raise ValueError(f"the recipe {args.recipe} reads its images from the disk: give their folder with --data")
+        share = (args.seed, distributed.rank(), distributed.world_size(), args.workers)
+        train_set, val_set = (
+            disk.loader(args.data, split, recipe, split == "train", *share, holdout=args.holdout)
+            for split in ("train", "val")
+        )
+        return train_set, val_set
+    train_set = data.imagenette("train", args.data, recipe.image_size, recipe.exif_orientation, args.holdout)
+    if args.holdout:
+        train_set, val_set = data.hold_out(train_set)
+    else:
+        val_set = data.imagenette("val", args.data, recipe.image_size, recipe.exif_orientation)
+    return data.subsample(train_set, recipe.fraction), val_set
+
+
+def run_from(args: argparse.Namespace, device: torch.device) -> None:
+    """Train as the command line asks."""
+    recipe = recipes.get(args.recipe, args.set, args.model)
+    checkpoint_in(args.output, args.resume)
+    config = RunConfig(
+        device=device,
+        started=psutil.Process().create_time(),
+        micro_batch=args.micro_batch,
+        compile=args.compile,
+        accelerate=args.accelerate,
+        checkpoint_activations=args.checkpoint_activations,
+        fsdp=args.fsdp,
+        save_every=args.save_every,
+        keep=args.keep,
+        wandb=args.wandb,
+    )
+    create_model(args.model, recipe, 1)  # show errors now, not after the images are read
+    micro_batch = micro_batch_size(recipe, config)
+    autocast_dtype(recipe.amp, device)
+    if args.wandb:
+        import_wandb()
+    for path in filter(None, (args.finetune, args.class_map)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {path}")
+    train_set, val_set = read_images(args, recipe)
+    images = len(train_set) if isinstance(train_set, ImageSet) else train_set.images
+    rule = recipes.RECIPES[args.recipe]
+    distributed.print_once(plan(recipe, images, distributed.world_size(), micro_batch, rule=rule))
+    start = Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None
+    run = (args.model, recipe, train_set, val_set)
+    if args.dry_run:
+        dry_run(*prepare(*run, args.seed, config, start), args.output)
+    else:
+        train(*run, args.output, args.seed, args.resume, config, start)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = read_arguments(argv)
+    output_given = args.output
+    try:
+        with distributed.processes(args.device) as device:
+            name = f"runs/{args.recipe}-{args.model.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+            args.output = output_given or distributed.broadcast_object(name)
+            run_from(args, device)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error{_process()}: {error}")
+    except KeyboardInterrupt as stop:
+        if distributed.rank() == 0:
+            launcher = "torchrun ... " if distributed.world_size() > 1 else "python "
+            command = shlex.join(a for a in argv if a != "--resume")
+            command += "" if output_given else f" --output {args.output}"
+            print(f"\n{stop or 'stopped before the first step'}")
+            print(f"To continue: {launcher}-m convnext_min.train {command} --resume")
+        sys.exit(getattr(stop, "code", 130))
+
+
+def _process() -> str:
+    """Return which process this is, unless it is rank 0."""
+    return f" in process {distributed.rank()}" if distributed.rank() else ""
+
 
 if __name__ == "__main__":
     main()

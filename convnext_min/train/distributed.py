@@ -1,7 +1,7 @@
-"""One run in several processes: `torchrun --nproc-per-node 8 -m convnext_min.train ...`, each with its GPU or CPU core.
+"""Train in several processes: `torchrun --nproc-per-node 8 -m convnext_min.train ...`, one process per GPU or CPU core.
 
-Every process holds the whole network (`copies`) or, to save memory, a part of every layer (`shard`), and works on its
-part of every batch. In a single process the functions here return what they are given.
+Every process holds the whole network (`wrap_ddp`) or, to save memory, a shard of every layer (`apply_fsdp`), and works
+on its share of every batch. In a single process these functions return their arguments unchanged.
 """
 
 import contextlib
@@ -16,43 +16,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from convnext_min.train.device import choose_device
+
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
-    """The device called `name`, or the best there is; of several GPUs the one with the number `local_rank`.
-
-    Raises ValueError for a device that PyTorch does not know or that is not there.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
-    if device.type == "cuda" and device.index is None:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "start torchrun with --nproc-per-node of that number"
-            )
-        device = torch.device("cuda", local_rank)
-    return device
 
 
 @contextlib.contextmanager
 def processes(device: str | None = None) -> Iterator[torch.device]:
-    """Join the other processes that torchrun started, if it did, and give this one's device.
+    """Join the other processes that torchrun or Slurm started, if any, and yield this process's device.
 
-    They exchange tensors over NCCL between GPUs and over Gloo between CPUs. Only the first process goes on printing.
+    GPUs communicate over NCCL, CPUs over Gloo.
     """
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -61,59 +42,62 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    with contextlib.ExitStack() as stack:
-        if rank() > 0:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield chosen
-    dist.destroy_process_group()  # not after an error, when the others may still wait in it: torchrun ends them
+    yield chosen
+    dist.destroy_process_group()  # not after an error, when others may still wait in it: torchrun ends them
 
 
-# ---- What the processes tell each other
+def print_once(*values: Any) -> None:
+    """Print on rank 0 only, without delay."""
+    if rank() == 0:
+        print(*values, flush=True)
 
 
-def total(*values: float) -> list[float]:
-    """Each of `values`, summed over the processes."""
-    if world() == 1:
+# ---- Communication
+
+
+def all_reduce_sum(*values: float) -> list[float]:
+    """Return each of `values` summed over all processes."""
+    if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
 
-def first(value: Any) -> Any:
-    """What the first process calls `value`."""
-    if world() == 1:
+def broadcast_object(value: Any) -> Any:
+    """Broadcast rank 0's `value` to all processes and return it."""
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """`value` of every process, in their order."""
-    if world() == 1:
+def all_gather_object(value: Any) -> list[Any]:
+    """Return the `value` of every process, in the order of ranks."""
+    if world_size() == 1:
         return [value]
-    box = [None] * world()
+    box = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give every process on a CPU the buffers of the first: on GPUs SyncBatchNorm keeps its statistics equal.
+def broadcast_buffers(model: nn.Module) -> None:
+    """Broadcast rank 0's buffers to all processes, on CPUs; on GPUs SyncBatchNorm keeps its statistics equal.
 
-    DistributedDataParallel does so before a step, which is too late for averages and evaluations between steps.
+    DistributedDataParallel broadcasts before the next forward pass, too late for the EMA and for evaluation.
     """
-    if world() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             if buffer.device.type == "cpu":
                 dist.broadcast(buffer, 0)
 
 
-# ---- How the network is laid out
+# ---- Layout of the network
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The residual blocks of a network, of this package or another, told by the names of their classes.
+    """Return the residual blocks of a network from any library, recognized by the names of their classes.
 
     Raises ValueError if there are none.
     """
@@ -124,68 +108,83 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only what goes into each block and compute its inside again on the way back (Chen et al., 2016), in place.
+    """Store only the input of each block, and recompute its activations in the backward pass (Chen et al., 2016).
 
-    The gradients stay the same, also of blocks that draw random numbers; a step takes about a third longer.
+    Works in place. Gradients stay the same, also of blocks that draw random numbers; a step takes about a third longer.
     """
     for block in blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def copies(model: nn.Module) -> nn.Module:
-    """`model` with gradients that are averaged over the processes during `backward`."""
-    if world() == 1:
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """Return `model` wrapped so that `backward` averages its gradients over the processes."""
+    if world_size() == 1:
         return model
-    # A gradient laid out like its weight in all but dimensions of size 1 is copied, which is not worth a warning.
+    # A gradient whose strides differ from its weight's in dimensions of size 1 is copied; that needs no warning.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Split the parameters of each block over the processes, in place; a block is put together while it computes.
+def apply_fsdp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Shard the parameters of each block over the processes, in place; a block is gathered while it computes.
 
     Raises ValueError in a single process and before PyTorch 2.6.
     """
-    if world() == 1:
-        raise ValueError("--fsdp splits the network over processes: start several, with torchrun --nproc-per-node N")
+    if world_size() == 1:
+        raise ValueError("--fsdp shards the network over processes: start several, with torchrun --nproc-per-node N")
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError:
         raise ValueError(f"--fsdp needs PyTorch 2.6 or newer, this is {torch.__version__}") from None
-    mesh = dist.init_device_mesh(device.type, (world(),))
-    for module in [*blocks(model), model]:  # split again after each forward pass: evaluation has no other
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    for module in [*blocks(model), model]:  # free the gathered weights after each forward pass, in evaluation too
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
 
 @contextlib.contextmanager
-def gradients_stay(network: nn.Module, stay: bool) -> Iterator[None]:
-    """Where `stay` is set, the gradients of a part of a batch are summed here and not sent to the other processes."""
-    if hasattr(network, "set_requires_gradient_sync"):  # sharded
-        network.set_requires_gradient_sync(not stay)
+def no_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Skip the gradient all-reduce while `enabled` is true (gradient accumulation)."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(not enabled)
         yield
-    elif stay and hasattr(network, "no_sync"):  # copies
-        with network.no_sync():
+    elif enabled and hasattr(model, "no_sync"):  # DDP
+        with model.no_sync():
             yield
     else:
         yield
 
 
-def gathered(state: Any) -> Any:
-    """A state dict with each tensor whole: those of a sharded network on the CPU, others as they are."""
-    if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
-    return state.full_tensor().cpu() if _is_sharded(state) else state
+# ---- State of the network and its optimizer
 
 
-def scattered(state: Any, like: Any) -> Any:
-    """A whole tensor, split as the tensor `like` is; the opposite of `gathered`."""
-    if not _is_sharded(like) or not isinstance(state, Tensor) or state.shape != like.shape:
-        return state
-    from torch.distributed.tensor import distribute_tensor
+def full_state_dict(model: nn.Module, rank0_only: bool = False) -> dict[str, Tensor]:
+    """Return the weights of `model` with every tensor whole; with `rank0_only` on the CPU, and empty on other ranks.
 
-    return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
+    All processes must call it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=rank0_only))
 
 
-def _is_sharded(value: Any) -> bool:
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's state by names of parameters, whole and on the CPU; empty on ranks other than 0."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def load_full_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load whole tensors into `model`, in place; of a sharded model each process takes its shards."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+
+
+def load_full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the result of `full_optimizer_state_dict`, in place."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,7 +1,7 @@
-"""What a recipe means on given hardware and data, before the hours are spent: `python -m convnext_min.train.plan`.
+"""Calculate what a recipe means on given hardware and data: `python -m convnext_min.train.plan --recipe in1k ...`.
 
-The batch of a recipe is what one step of the optimizer sees, on however many processes: each takes its share, in as
-many parts as its memory needs, and adds up their gradients (accumulation).
+A recipe's batch size is the effective one: the images per optimizer step, over all processes and gradient accumulation
+steps. Each process takes its share of a batch in micro-batches that fit into its memory.
 """
 
 import argparse
@@ -11,23 +11,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from convnext_min import recipes
+from convnext_min import fast, measure, recipes
 from convnext_min.recipes import Recipe
+from convnext_min.train.device import autocast_dtype, choose_device
+from convnext_min.train.models import create_model
 
 IMAGES = {"in1k": 1_281_167, "in22k": 14_197_122, "imagenette": 9_469}  # in training; fine-tuning is on ImageNet-1K
-HIGH_LR = 4.0  # times the rule's rate that is known to fail
-OLD_SHARE = 0.01  # of the initial weights in the average at the end that is too much
+HIGH_LR = 4.0  # multiple of the rule's learning rate that is known to fail
+OLD_SHARE = 0.01  # share of the initial weights in the final EMA that is too large
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's arithmetic. `recipe.batch_size` is what the hardware gives: the recipe's own, or the nearest to it."""
+    """The numbers of a run. `recipe.batch_size` is possible on the hardware: the recipe's own, or the nearest to it."""
 
     recipe: Recipe
     images: int  # of the training set
     processes: int
-    per_process: int  # images of a process at a time
-    accumulation: int  # times that, for a step
+    micro_batch: int  # images per process and forward pass
+    accumulation: int  # micro-batches per optimizer step and process
     images_per_second: float | None  # of one process
     warnings: tuple[str, ...]
 
@@ -45,64 +47,67 @@ class Plan:
 
     @property
     def ema_half_life(self) -> float | None:
-        """Epochs after which a weight counts half in the average, at the end of the run; None without an average."""
+        """Epochs in which the share of a step's weights in the EMA halves, at the end of the run; None without EMA."""
         decay = self.recipe.ema_decay_at(self.steps)
         return math.log(0.5) / math.log(decay) / self.steps_per_epoch if decay else None
 
     @property
     def hours(self) -> float | None:
-        """Of training, without evaluation; None if the speed is not known."""
+        """Hours of training, without evaluation; None if the speed is not known."""
         if self.images_per_second is None:
             return None
         return self.steps * self.recipe.batch_size / (self.images_per_second * self.processes) / 3600
 
     def __str__(self) -> str:
-        each = f"{_many(self.processes, 'process')} with {self.per_process:,} images at a time"
-        times = f", {self.accumulation} times accumulated" if self.accumulation > 1 else ""
-        lines = [f"{each}{times}: {self.recipe.batch_size:,} images a step"]
+        parts = (
+            _count(self.processes, "process", "es"),
+            f"{self.micro_batch:,} images",
+            _count(self.accumulation, "gradient accumulation step"),
+        )
+        lines = [f"effective batch size {self.recipe.batch_size:,} = {' × '.join(parts)}"]
         lines += [recipes.describe(self.recipe, self.images)]
         if self.recipe.minutes is None:
             if half_life := self.ema_half_life:
                 shown = f"{half_life:,.0f}" if half_life >= 10 else f"{half_life:.2g}"
-                lines += [f"the average of the weights forgets half in {shown} epochs"]
+                lines += [f"EMA half-life: {shown} epochs"]
             if self.hours is not None:
-                speed = f"{self.images_per_second:,.0f} images a second in each process"
+                speed = f"{self.images_per_second:,.0f} images per second and process"
                 lines += [f"{self.hours:,.1f} hours at {speed}, without evaluation"]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def _many(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "es")
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def plan(
     recipe: Recipe,
     images: int,
     processes: int = 1,
-    per_process: int | None = None,
+    micro_batch: int | None = None,
     images_per_second: float | None = None,
     rule: Recipe | None = None,
     stride: int = 32,
 ) -> Plan:
-    """The plan of `recipe` on `images` training images, with warnings of what is known to fail.
+    """Return the plan of `recipe` on `images` training images, with warnings about settings that are known to fail.
 
-    `per_process` is what a process, such as a GPU, takes at a time; its whole share of the batch if not given. Where
-    processes and parts do not divide the batch, the nearest batch that they do divide is planned, and the learning rate
-    changes in proportion. `rule` is the recipe whose learning rate is known to work, to compare with; `stride` is how
-    much smaller than the image the network's last layers are, 16 in an isotropic network. Raises ValueError for numbers
-    that are not positive.
+    `micro_batch` is the number of images per process and forward pass, by default the process's whole share of a batch.
+    If the micro-batches cannot make up the recipe's batch size, the nearest possible one is planned, and the learning
+    rate changes in proportion. `rule` is a recipe with a learning rate that works, for comparison. `stride` is the
+    image's side over that of the last feature map, 16 in an isotropic network. Raises ValueError for numbers that are
+    not positive.
     """
-    if per_process is None:
-        per_process = max(1, recipe.batch_size // max(1, processes))
-    for name, value in (("images", images), ("processes", processes), ("images of a process", per_process)):
+    if micro_batch is None:
+        micro_batch = max(1, recipe.batch_size // max(1, processes))
+    for name, value in (("images", images), ("processes", processes), ("images per micro-batch", micro_batch)):
         if value < 1:
             raise ValueError(f"the number of {name} must be positive, got {value}")
     if images_per_second is not None and images_per_second <= 0:
-        raise ValueError(f"the images a second must be positive, got {images_per_second:g}")
-    accumulation = max(1, round(recipe.batch_size / (processes * per_process)))
-    batch = processes * per_process * accumulation
+        raise ValueError(f"the images per second must be positive, got {images_per_second:g}")
+    accumulation = max(1, round(recipe.batch_size / (processes * micro_batch)))
+    batch = processes * micro_batch * accumulation
     planned = Plan(
-        replace(recipe, batch_size=batch), images, processes, per_process, accumulation, images_per_second, ()
+        replace(recipe, batch_size=batch), images, processes, micro_batch, accumulation, images_per_second, ()
     )
     return replace(planned, warnings=tuple(_warnings(planned, recipe, rule, stride)))
 
@@ -111,13 +116,13 @@ def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) ->
     recipe, found = planned.recipe, []
     if recipe.batch_size != asked.batch_size:
         found.append(
-            f"{_many(planned.processes, 'process')} with {planned.per_process} images cannot make steps of "
-            f"{asked.batch_size}; the nearest is {recipe.batch_size}, with learning rate {recipe.lr:.3g} instead of "
-            f"{asked.lr:.3g}: --set batch_size={recipe.batch_size}"
+            f"{_count(planned.processes, 'process', 'es')} with micro-batches of {planned.micro_batch} images cannot "
+            f"make up an effective batch size of {asked.batch_size}; the nearest is {recipe.batch_size}, with learning "
+            f"rate {recipe.lr:.3g} instead of {asked.lr:.3g}: --set batch_size={recipe.batch_size}"
         )
     if recipe.batch_size > planned.images:
         found.append(
-            f"a step of {recipe.batch_size:,} images is more than the data has, {planned.images:,}: "
+            f"a batch of {recipe.batch_size:,} images is larger than the training set of {planned.images:,}: "
             f"--set batch_size={2 ** int(math.log2(max(2, planned.images // 10)))} or less"
         )
     if rule and recipe.lr > HIGH_LR * (right := replace(rule, batch_size=recipe.batch_size).lr):
@@ -129,34 +134,31 @@ def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) ->
         old = recipe.ema_decay**planned.steps
         if old > OLD_SHARE:
             found.append(
-                f"the run is too short for its average: after {planned.steps:,} steps with decay {recipe.ema_decay} "
-                f"{old:.0%} of it are the initial weights: --set ema_horizon=0.1 (or ema_decay=0.0 for none)"
+                f"EMA decay {recipe.ema_decay} is too slow for {planned.steps:,} steps: {old:.0%} of the EMA would "
+                "still be initial weights. Use --set ema_horizon=0.1, or ema_decay=0.0 to disable it"
             )
     smallest = min([recipe.resolution, *(side for _, side in recipe.progressive)])
     if smallest // stride < 2:
         found.append(
-            f"at {smallest} pixels the last layers see {smallest // stride}×{smallest // stride} positions, and their "
-            f"kernels little but padding: --set resolution={2 * stride} or more, even if the images are smaller"
+            f"at {smallest} pixels the last feature map is {smallest // stride}×{smallest // stride}, and its kernels "
+            f"see mostly padding: --set resolution={2 * stride} or more, even if the images are smaller"
         )
     return found
 
 
-def measure_speed(model: str, recipe: Recipe, per_process: int) -> float:
-    """Images a second of `model` in training here, as the trainer computes, but without loading and the optimizer."""
-    from convnext_min import fast, measure, train
-    from convnext_min.train import engine
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = train.make_model(model, recipe, 1000).to(device, memory_format=torch.channels_last)
+def measure_speed(model: str, recipe: Recipe, micro_batch: int) -> float:
+    """Return the images per second of `model` in training on this machine, without data loading and the optimizer."""
+    device = choose_device()
+    network = create_model(model, recipe, 1000).to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         fast.accelerate(network)
-    dtype = engine.autocast_dtype(recipe.amp, device)
+    dtype = autocast_dtype(recipe.amp, device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        return measure.throughput(network, recipe.resolution, per_process, training=True).median
+        return measure.throughput(network, recipe.resolution, micro_batch, training=True).median
 
 
 def from_arguments(args: argparse.Namespace) -> Plan:
-    """The plan that the command line asks for."""
+    """Return the plan that the command line asks for."""
     settings = args.set + ([f"epochs={args.epochs}", "minutes=None"] if args.epochs else [])
     recipe = recipes.get(args.recipe, settings, args.model)
     speed = args.images_per_second
@@ -179,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--gpus", type=int, default=1, help="on all nodes together: one process per GPU")
     parser.add_argument(
-        "--micro-batch", type=int, help="images per GPU at a time; default: its whole share of the batch"
+        "--micro-batch", type=int, help="images per GPU and forward pass (default: its whole share of the batch)"
     )
-    parser.add_argument("--images", type=int, help="size of the training set; default: that of the recipe")
+    parser.add_argument("--images", type=int, help="size of the training set (default: that of the recipe)")
     parser.add_argument("--epochs", help="in place of the recipe's")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--images-per-second", type=float, help="training speed of one GPU")

@@ -1,4 +1,4 @@
-"""What is in a picture: `python -m convnext_min.train.predict --checkpoint runs/first/checkpoint.pt image.jpg ...`."""
+"""Classify images: `python -m convnext_min.train.predict --checkpoint runs/first/checkpoint.pt image.jpg ...`."""
 
 import argparse
 import sys
@@ -12,27 +12,27 @@ from convnext_min import data
 from convnext_min.data import Batches, ImageSet, disk
 from convnext_min.data.files import read_image
 from convnext_min.recipes import Recipe
-from convnext_min.train import make_model
-from convnext_min.train.records import load_checkpoint
+from convnext_min.train.checkpoint import load_checkpoint
+from convnext_min.train.models import create_model
 
 
 def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint of `convnext_min.train`, in eval mode with the weights to use, and the checkpoint.
+    """Return the network of a run's checkpoint, in eval mode and with the EMA weights if any, and the checkpoint.
 
-    Raises FileNotFoundError, or ValueError for a file that is no such checkpoint or is of a network without a name.
+    Raises FileNotFoundError, or ValueError for a file of another kind or a network that was not created by name.
     """
     state = load_checkpoint(checkpoint)
     try:
-        model = make_model(state["model"], Recipe(**state["recipe"]), len(state["classes"]))
-    except (TypeError, ValueError) as error:  # the name of a class, from a notebook; a recipe of another version
-        raise ValueError(f"the network in {checkpoint} cannot be built: {error}") from error
+        model = create_model(state["model"], Recipe(**state["recipe"]), len(state["classes"]))
+    except (TypeError, ValueError) as error:  # a class from a notebook; a recipe of another version
+        raise ValueError(f"the network in {checkpoint} cannot be created: {error}") from error
     model.load_state_dict(state["ema"] or state["weights"])
     return model.eval(), state
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, resolution: int) -> Tensor:
-    """Probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as `train` evaluates images in memory."""
+    """Return probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as in the evaluation of `train`."""
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), (), "")
     batches = Batches(image_set, batch_size=64, resolution=resolution, train=False)
     return torch.cat([model(x).softmax(1) for x, _ in batches.epoch()])
@@ -40,7 +40,7 @@ def predict(model: nn.Module, images: Tensor, resolution: int) -> Tensor:
 
 @torch.no_grad()
 def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
-    """Probabilities (classes,) for the image in a file, prepared as `train` evaluates; None for a broken one."""
+    """Return probabilities (classes,) for an image file, prepared as in evaluation, or None if it cannot be read."""
     if recipe.loader == "disk":
         try:
             image = read_image(path, recipe.exif_orientation)
@@ -55,10 +55,10 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: a block of lines for each image that can be read, the others named; exit code 1 if any."""
+    """Print the likeliest classes of each image; name images that cannot be read, and then exit with code 1."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.train.predict", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run")
-    parser.add_argument("--top", type=int, default=3, help="how many classes to print for an image")
+    parser.add_argument("--top", type=int, default=3, help="number of classes to print per image")
     parser.add_argument("images", nargs="+", help="image files")
     args = parser.parse_args(argv)
     if args.top < 1:
@@ -67,18 +67,18 @@ def main(argv: list[str] | None = None) -> None:
         model, state = load_model(args.checkpoint)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    recipe, bad = Recipe(**state["recipe"]), 0
+    recipe, failures = Recipe(**state["recipe"]), 0
     for path in args.images:
         probabilities = predict_file(model, Path(path), recipe)
         if probabilities is None:
-            bad += 1
+            failures += 1
             reason = "cannot be read as an image" if Path(path).is_file() else "is not a file"
             print(f"error: {path} {reason}", file=sys.stderr)
             continue
         print(path)
         for probability, label in zip(*probabilities.topk(min(args.top, len(probabilities)))):
             print(f"  {probability:6.1%}  {state['classes'][label]}")
-    sys.exit(1 if bad else 0)
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

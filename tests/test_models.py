@@ -1,14 +1,51 @@
+"""Networks by name, with the stem and the initial weights of a recipe."""
+
+import re
+from dataclasses import replace
+
 import pytest
 import torch
+from helpers import TINY
 from torch import nn
 
 from convnext_min.recipes import INITS, Recipe
-from convnext_min.train import make_model
+from convnext_min.train import create_model
+
+
+@pytest.mark.parametrize("name", ["road:convnext", "timm:convnext_atto", "torchvision:convnext_tiny"])
+def test_models_of_the_road_and_of_other_libraries_have_names(name):
+    assert create_model(name, Recipe(drop_path=0.1), 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_a_model_gets_what_the_recipe_says():
+    model = create_model("convnext_femto", replace(TINY, drop_path=0.2, head_init_scale=0.0), 3)
+    assert [len(stage) for stage in model.stages] == [1, 1, 1, 1] and model.stages[3][0].pwconv1.in_features == 16
+    assert model.stages[3][0].drop_path.rate == pytest.approx(0.2) and model.stages[0][0].gamma[0] == 1.0
+    assert not model.head.weight.any()
+
+
+def test_wrong_models_say_what_is_right():
+    plain = Recipe()
+    with pytest.raises(ValueError, match=r"unknown model 'convnext'; valid: convnext_atto,.*road:<step>.*depthwise"):
+        create_model("convnext", plain, 10)
+    with pytest.raises(ValueError, match="unknown step 'kernel13'; valid"):
+        create_model("road:kernel13", plain, 10)
+    with pytest.raises(ValueError, match=r"depths can be set for convnext_atto.*not for 'road:gelu'"):
+        create_model("road:gelu", TINY, 10)
+    for name, changes, message in (
+        ("timm:convnext_atto", {"layer_scale_init": 0.2}, "for 'timm:convnext_atto': --set layer_scale_init=1e-06"),
+        ("convnext_atto", {"width_multiplier": 0.25}, "width_multiplier can be set for road:<step>, not for"),
+        ("timm:convnext_atta", {}, "timm:convnext_atta cannot be created: Unknown model"),
+        ("torchvision:vgg11", {"drop_path": 0.1}, "torchvision:vgg11 has no stochastic depth: --set drop_path=0.0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            create_model(name, replace(plain, **changes), 10)
+    assert create_model("torchvision:squeezenet1_1", plain, 10)(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
 def built(**settings):
     torch.manual_seed(0)
-    return make_model("convnext_atto", Recipe(**settings), 10)
+    return create_model("convnext_atto", Recipe(**settings), 10)
 
 
 def test_overlapping_stem_has_the_patchify_stems_shape_and_leaves_the_rest_alone():
@@ -52,15 +89,15 @@ def test_unknown_values_and_other_models_are_refused(key):
     with pytest.raises(ValueError, match=f"{key} must be p.* or .*, got 'conv'"):
         Recipe(**{key: "conv"})
     with pytest.raises(ValueError, match=f"{key} can be set for convnext_atto.*not for 'timm:resnet18'"):
-        make_model("timm:resnet18", Recipe(**{key: {"stem": "overlapping", "init": "fan_in"}[key]}), 10)
+        create_model("timm:resnet18", Recipe(**{key: {"stem": "overlapping", "init": "fan_in"}[key]}), 10)
 
 
 def test_the_road_takes_fan_in_init_too():
     torch.manual_seed(0)
-    model = make_model("road:fewer_norms", Recipe(init="fan_in", width_multiplier=0.25), 10)
+    model = create_model("road:fewer_norms", Recipe(init="fan_in", width_multiplier=0.25), 10)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
             assert module.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.1), name
     with pytest.raises(ValueError, match=r"stem can be set for convnext_atto.*not for 'road:gelu'"):
-        make_model("road:gelu", Recipe(stem="overlapping"), 10)
+        create_model("road:gelu", Recipe(stem="overlapping"), 10)

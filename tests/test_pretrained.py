@@ -4,26 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import TINY, equal
+from helpers import TINY, equal
 
-from convnext_min import train
 from convnext_min.convnext import ConvNeXt
-from convnext_min.data import ImageSet, synthetic_images
+from convnext_min.data import ImageSet
+from convnext_min.train import train
 from convnext_min.train.pretrained import Start, load_start
 
 SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 
 
 @pytest.fixture(scope="module")
-def images():
-    return synthetic_images("train", 32, 40)
-
-
-@pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
     """A finished run: its folder, its last and its averaged weights."""
     folder = tmp_path_factory.mktemp("run")
-    train.train("convnext_atto", replace(TINY, epochs=1), images, images.subset(slice(13)), folder, device="cpu")
+    train("convnext_atto", replace(TINY, epochs=1), images, images.subset(slice(13)), folder)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     return folder / "checkpoint.pt", state["weights"], state["ema"], images.classes
 
@@ -42,7 +37,7 @@ def test_the_same_classes_keep_their_classifier_and_the_last_weights_are_taken_u
     network = model(10)
     assert load_start(network, Start(path), classes) == f"weights from {path}; its classifier is kept"
     assert equal(network.state_dict(), last) and not equal(last, averaged)
-    assert "averaged" in load_start(network, Start(path, averaged=True), classes)
+    assert "EMA weights" in load_start(network, Start(path, averaged=True), classes)
     assert equal(network.state_dict(), averaged)
 
 
@@ -62,7 +57,7 @@ def test_an_official_release_is_read(tmp_path):
     network = model(4)
     load_start(network, Start(tmp_path / "convnext_22k.pth"), tuple("abcd"))
     assert equal(body(network.state_dict()), body(release))
-    with pytest.raises(ValueError, match=r"convnext_22k\.pth holds no averaged weights: nothing under 'model_ema'"):
+    with pytest.raises(ValueError, match=r"convnext_22k\.pth holds no EMA weights: nothing under 'model_ema'"):
         load_start(network, Start(tmp_path / "convnext_22k.pth", averaged=True), tuple("abcd"))
 
 
@@ -82,7 +77,7 @@ def test_a_class_map_picks_rows_of_the_old_classifier(tmp_path):
     [
         (None, r"there is no class map .*map\.txt"),
         ("1\n2\n", r"map\.txt has 2 lines, but there are 3 classes"),
-        ("1\n21\n2\n", r"line 2 of .*map\.txt is '21'; right is a class of the checkpoint, 0 to 20"),
+        ("1\n21\n2\n", r"line 2 of .*map\.txt is '21'; expected a class of the checkpoint, 0 to 20"),
         ("1\n2\ntench\n", r"line 3 of .*map\.txt is 'tench'"),
     ],
 )
@@ -97,10 +92,10 @@ def test_what_is_wrong_with_a_class_map_is_named(tmp_path, text, message):
 def test_weights_of_another_model_are_refused_by_name(run, tmp_path):
     path, last, _, classes = run
     other = ConvNeXt(num_classes=10, depths=(1, 2, 1, 1), dims=(8, 8, 16, 24))
-    with pytest.raises(ValueError, match=r"lacks stages\.1\.1\.gamma.*, \.\.\.; it has in another shape downsample"):
+    with pytest.raises(ValueError, match=r"missing keys stages\.1\.1\.gamma.*, \.\.\.; shape mismatch downsample"):
         load_start(other, Start(path), classes)
     torch.save({"weights": last | {"extra.weight": torch.ones(1)}, "classes": classes}, tmp_path / "more.pt")
-    with pytest.raises(ValueError, match=r"the file has besides extra\.weight"):
+    with pytest.raises(ValueError, match=r"more\.pt does not fit this model: unexpected keys extra\.weight"):
         load_start(model(10), Start(tmp_path / "more.pt"), classes)
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt holds no weights"):
@@ -113,10 +108,10 @@ def test_a_run_starts_there_once_and_resumes_its_own_weights(run, images, tmp_pa
     path, last, _, _ = run
     few = ImageSet(images.images[:16], images.labels[:16] % 2, ("a", "b"), "two classes")
     arguments = ("convnext_atto", replace(TINY, epochs=1, base_lr=1e-9, layer_decay=0.7), few, few, tmp_path)
-    history = train.train(*arguments, device="cpu", start=Start(path))
+    history = train(*arguments, start=Start(path))
     torch.testing.assert_close(body(history.model.state_dict()), body(last), rtol=0, atol=1e-6)
     assert "the classifier is new, for 2 classes" in capsys.readouterr().out
-    train.train(*arguments, device="cpu", start=Start(path), resume=True)
+    train(*arguments, start=Start(path), resume=True)
     assert "the classifier is new" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"its start is .*, here it is None"):
-        train.train(*arguments, device="cpu", resume=True)
+        train(*arguments, resume=True)

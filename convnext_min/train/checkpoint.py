@@ -1,0 +1,173 @@
+"""Write checkpoints so that a crash at any moment leaves a complete one, and read them without running code in them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from convnext_min.environment import atomic_write
+from convnext_min.train import distributed
+
+if TYPE_CHECKING:
+    from convnext_min.train.trainer import Trainer
+
+CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
+
+
+def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
+    """Write a checkpoint; at any moment `path` is a complete file, the old one or the new one.
+
+    The `keep` newest remain: checkpoint.pt, checkpoint.1.pt before it, and so on. Raises OSError, for example if the
+    disk is full; all files are then unchanged.
+    """
+    complete = path.with_suffix(".new")
+    try:
+        with atomic_write(complete, "wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # PyTorch hides it behind a RuntimeError
+        raise OSError(f"{path} could not be written: {cause or error}") from error
+    copies = [path, *(path.with_suffix(f".{number}{path.suffix}") for number in range(1, keep))]
+    for newer, older in reversed(list(pairwise(copies))):
+        if newer == path and path.exists():
+            _copy(path, older)  # so that `path` is never missing
+        elif newer.exists():
+            newer.replace(older)
+    complete.replace(path)
+
+
+def _copy(path: Path, copy: Path) -> None:
+    copy.unlink(missing_ok=True)
+    try:
+        os.link(path, copy)
+    except OSError:  # a file system without hard links
+        path.replace(copy)
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoint at `path` and the ones before it, as far as they exist, the newest first."""
+    older = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"), key=lambda file: (len(file.name), file.name))
+    return [file for file in (path, *older) if file.is_file()]
+
+
+def load_newest(path: Path) -> tuple[dict[str, Any], Path]:
+    """Return the contents and the path of the newest of `list_checkpoints(path)` that can be read.
+
+    Prints which others cannot. Raises ValueError if there is none.
+    """
+    problems = []
+    for file in list_checkpoints(path):
+        try:
+            state = load_checkpoint(file)
+            _check_resumable(state, file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems or file != path:
+            found = "; ".join(problems or [f"there is no {path}"])
+            distributed.print_once(f"{found}; resuming from {file}, step {state['step']:,}")
+        return state, file
+    raise ValueError("; ".join(problems) or f"there is no checkpoint {path}")
+
+
+def _check_resumable(state: dict[str, Any], path: Path) -> None:
+    if "optimizer" not in state:
+        raise ValueError(
+            f"{path} has weights but no optimizer state, as {BEST} does, so it cannot be resumed: start a new run from "
+            f"it with --finetune {path}"
+        )
+
+
+def read_file(path: Path | str) -> Any:
+    """Return the tensors and plain values in a file of `torch.save`, on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind; both name the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, depending on the damage
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or not a checkpoint of convnext_min.train ({reason})") from error
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Return the contents of a checkpoint, on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind; both name the file.
+    """
+    state = read_file(path)
+    if not isinstance(state, dict) or not {"weights", "ema", "model", "recipe", "classes"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of convnext_min.train")
+    return state
+
+
+class CheckpointManager:
+    """Write a run's checkpoints to `path`, and the best weights beside it, on rank 0; without `path` do nothing.
+
+    A checkpoint is due after `steps` optimizer steps or `seconds`, and at the end of each epoch. A full disk does not
+    end a run early: a warning is printed, and the next checkpoint is tried when it is due.
+    """
+
+    def __init__(self, path: Path | None, keep: int = 1, steps: float = math.inf, seconds: float = math.inf):
+        self.path, self.keep, self.steps, self.seconds = path, keep, steps, seconds
+
+    def start(self, trainer: Trainer) -> None:
+        """Count steps and seconds until the next checkpoint from now on."""
+        self.last_step, self.last_seconds, self.saved_step = trainer.step, trainer.clock.now, None
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Return True if a checkpoint is due between the ends of epochs; the same in all processes."""
+        steps, seconds = trainer.step - self.last_step, trainer.clock.now - self.last_seconds
+        return steps >= self.steps or seconds >= self.seconds
+
+    def save(self, trainer: Trainer, last: bool = False) -> None:
+        """Write a checkpoint. A failed write is only a warning unless `last` is true; then it raises OSError."""
+        self.start(trainer)
+        if self.path is None:
+            return
+        state, failure = trainer.state_dict(), ""
+        if distributed.rank() == 0:
+            try:
+                save_checkpoint(state, self.path, self.keep)
+            except OSError as error:
+                failure = str(error)
+        failure = distributed.broadcast_object(failure)
+        if not failure:
+            self.saved_step = trainer.step
+            return
+        existing = list_checkpoints(self.path)
+        failure += f"; the newest checkpoint is still {existing[0]}" if existing else "; there is no checkpoint yet"
+        if last:
+            raise OSError(failure)
+        if distributed.rank() == 0:
+            print(f"warning: at step {trainer.step:,} {failure}; training continues", file=sys.stderr, flush=True)
+
+    def save_best(self, trainer: Trainer, top1: float) -> None:
+        """Write best.pt, the weights without the state needed to resume, if `top1` is the highest so far."""
+        key = "ema_top1" if trainer.ema else "top1"
+        if self.path is None or any(row[key] is not None and row[key] >= top1 for row in trainer.history[:-1]):
+            return
+        state = {key: value for key, value in trainer.state_dict().items() if key not in ("optimizer", "scaler")}
+        if distributed.rank() == 0:
+            with warn_on_failure(BEST):
+                save_checkpoint(state, self.path.with_name(BEST))
+
+
+@contextlib.contextmanager
+def warn_on_failure(name: str) -> Iterator[None]:
+    """Turn an OSError while writing the file `name` into a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {name} was not written: {error}; training continues", file=sys.stderr, flush=True)

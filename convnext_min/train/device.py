@@ -1,0 +1,47 @@
+"""Choose a device and the precision that suits it."""
+
+import psutil
+import torch
+
+
+def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
+    """Return the device `name`, by default the best one; of several GPUs the one with the number `local_rank`.
+
+    Raises ValueError for a device that PyTorch does not know or that this machine lacks.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+    if device.type == "cuda" and device.index is None:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "start torchrun with --nproc-per-node of that number"
+            )
+        device = torch.device("cuda", local_rank)
+    return device
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype for autocast, or None for float32; "auto" is bfloat16 if the hardware multiplies it natively.
+
+    Raises ValueError for float16 on a CPU.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"amp=fp16 is for GPUs, and this run is on {device}: use bf16 or fp32")
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # new in PyTorch 2.10
+    return torch.bfloat16 if any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return bytes: the largest amount of GPU memory allocated so far; on a CPU the process's present memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,328 @@
+"""The training loop: prepare a run, train it epoch by epoch, and write its results."""
+
+import contextlib
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from convnext_min.data import Batches, Data, ImageSet
+from convnext_min.environment import atomic_write, environment, write_json
+from convnext_min.measure import count_parameters
+from convnext_min.recipes import Recipe
+from convnext_min.train import distributed
+from convnext_min.train.checkpoint import CHECKPOINT, CheckpointManager, list_checkpoints, load_checkpoint, load_newest
+from convnext_min.train.device import choose_device, peak_memory
+from convnext_min.train.distributed import print_once
+from convnext_min.train.evaluation import Evaluation, evaluate, evaluation_seconds, most_confused
+from convnext_min.train.log import Log, save_failed_batch, training_curve
+from convnext_min.train.models import create_model
+from convnext_min.train.pretrained import Start, load_start
+from convnext_min.train.trainer import RunConfig, Trainer
+
+PREDICTIONS = "predictions.npz"  # the predicted and the true class of each validation image
+EVAL_BATCH = 64  # images per process
+ONE_REQUEST = 2.0  # seconds within which signals are one request: Ctrl-C reaches a process through torchrun as well
+
+AfterStep = Callable[[Trainer], Any]
+
+
+class History(NamedTuple):
+    """Result of `train`: the rows of the log, the network (with EMA weights if there are any) and its predictions."""
+
+    rows: list[dict]
+    model: nn.Module
+    predictions: Tensor  # int64 (N,), of the validation images
+    top1: float  # a fraction
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop; `code` is the exit code of the process: 130 after Ctrl-C, 143 after SIGTERM."""
+
+    def __init__(self, message: str, terminated: bool):
+        super().__init__(message)
+        self.code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+def train(
+    model: str | nn.Module,
+    recipe: Recipe,
+    train_set: ImageSet | Data,
+    val_set: ImageSet | Data,
+    output: Path | str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    config: RunConfig | None = None,
+    start: Start | None = None,
+    after_step: AfterStep | None = None,
+) -> History:
+    """Train `model`, a network or a name for `create_model`, and evaluate it on `val_set` as often as the recipe says.
+
+    Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and the ones before it, best.pt, predictions.npz and
+    summary.json into the folder `output`, if given. The images are an `ImageSet` or other `Data`. `start` names a
+    checkpoint with the initial weights. With `resume`, the run continues from the newest complete checkpoint in
+    `output`, if there is one. `after_step(trainer)` is called after each optimizer step. Seeds the generators of
+    PyTorch, NumPy and Python.
+
+    Raises ValueError for classes that differ, FileExistsError if `output` has a run and `resume` is not set,
+    FloatingPointError if a loss or the outputs are not finite, and Stopped, after saving, on a request to stop.
+    """
+    checkpoint = checkpoint_in(output, resume)
+    trainer, val_batches = prepare(model, recipe, train_set, val_set, seed, config, start, checkpoint)
+    manager = CheckpointManager(checkpoint, trainer.config.keep, *trainer.config.interval)
+    manager.start(trainer)
+    eval_seconds = start_schedule(trainer, val_batches)
+
+    result = None
+    folder = checkpoint and checkpoint.parent
+    with stop_requests() as requests, Log(folder, trainer.step, trainer.config.wandb, trainer.identity) as log:
+        while trainer.progress < 1 and not trainer.clock.stopped:
+            result = None  # belonged to an earlier epoch
+            train_epoch(trainer, requests, manager, after_step)
+            if trainer.progress >= 1 or trainer.step % len(trainer.batches) == 0:
+                result = end_of_epoch(trainer, val_batches, manager, log, eval_seconds)
+    if trainer.progress < 1:
+        stop(trainer, manager, requests)
+    result = result or evaluate(trainer.eval_model, val_batches, recipe.amp)
+    report(trainer, result, val_batches.classes)
+    if folder and distributed.rank() == 0:
+        write_summary(trainer, result, val_batches.source, folder)
+    return History(trainer.history, trainer.eval_model.eval(), result.predictions, result.top1)
+
+
+# ---- Before the first step
+
+
+def checkpoint_in(output: Path | str | None, resume: bool) -> Path | None:
+    """Return the checkpoint's path in `output`. Raises FileExistsError if it exists and `resume` is not set."""
+    if output is None:
+        return None
+    path = Path(output) / CHECKPOINT
+    if list_checkpoints(path) and not resume:
+        raise FileExistsError(f"{output} holds a run: continue it with --resume, or choose another --output")
+    return path
+
+
+def prepare(
+    model: str | nn.Module,
+    recipe: Recipe,
+    train_set: ImageSet | Data,
+    val_set: ImageSet | Data,
+    seed: int = 0,
+    config: RunConfig | None = None,
+    start: Start | None = None,
+    checkpoint: Path | None = None,
+) -> tuple[Trainer, Data]:
+    """Return the trainer, at its first step or at that of `checkpoint` if it exists, and the batches of `val_set`."""
+    config = config or RunConfig()
+    device = config.device if isinstance(config.device, torch.device) else choose_device(config.device)
+    train_batches, val_batches = as_batches(train_set, val_set, recipe, seed)
+    torch.manual_seed(seed)
+    name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        model = create_model(model, recipe, len(train_batches.classes))
+    resumes = bool(checkpoint and list_checkpoints(checkpoint))
+    if start and not resumes:
+        print_once(load_start(model, start, train_batches.classes))
+    trainer = Trainer(model, name, recipe, train_batches, seed, device, config)
+    trainer.identity["start"] = start and str(start.path)
+    if resumes:
+        load_resumed(trainer, checkpoint)
+    if len(set(distributed.all_gather_object(trainer.step))) > 1:
+        raise ValueError(f"the processes find different checkpoints: {checkpoint.parent} must be a shared folder")
+    print_once(f"{name}, {count_parameters(trainer.model):,} parameters, {trainer}")
+    print_once(f"{train_batches.source}; {val_batches.source}")
+    if trainer.step:
+        print_once(f"continuing at step {trainer.step:,}")
+    return trainer, val_batches
+
+
+def as_batches(train_set: ImageSet | Data, val_set: ImageSet | Data, recipe: Recipe, seed: int) -> tuple[Data, Data]:
+    """Return this process's share of the batches of both sets. Raises ValueError if their classes differ."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    share = {"rank": rank, "world_size": world_size}
+    if isinstance(train_set, ImageSet):
+        train_set = Batches(train_set, recipe.batch_size, recipe.resolution, True, seed, recipe.crop_scale, **share)
+    if isinstance(val_set, ImageSet):
+        val_set = Batches(val_set, EVAL_BATCH * world_size, recipe.eval_resolution, train=False, **share)
+    if train_set.classes != val_set.classes:
+        raise ValueError(f"the classes in training are {train_set.classes}, in validation {val_set.classes}")
+    return train_set, val_set
+
+
+def load_resumed(trainer: Trainer, checkpoint: Path) -> None:
+    """Continue from the newest complete checkpoint; a damaged newest one is renamed to checkpoint.broken."""
+    state, found = load_newest(checkpoint)
+    trainer.load_state_dict(state)
+    distributed.all_gather_object(None)  # all processes have read it
+    if found != checkpoint and checkpoint.exists() and distributed.rank() == 0:
+        checkpoint.replace(checkpoint.with_suffix(".broken"))  # else the next rotation would delete a good one
+
+
+def start_schedule(trainer: Trainer, val_batches: Data) -> float:
+    """Start the clock of a timed run, and return the seconds that an evaluation takes; 0 for a run in epochs."""
+    if trainer.recipe.minutes is None:
+        return 0.0
+    seconds = evaluation_seconds(trainer.eval_model, val_batches, trainer.recipe.amp)
+    trainer.clock.open_window(seconds, resumed=trainer.step > 0)
+    return seconds
+
+
+# ---- The epochs
+
+
+def train_epoch(
+    trainer: Trainer, requests: list[int], manager: CheckpointManager, after_step: AfterStep | None
+) -> None:
+    """Train until the epoch or the run ends, the resolution changes, or there is a request to stop."""
+    epoch, start = divmod(trainer.step, len(trainer.batches))
+    resolution = trainer.batches.resolution = trainer.recipe.resolution_at(trainer.progress)
+    since = time.perf_counter()
+    batches = trainer.batches.epoch(epoch, start)
+    silent = distributed.rank() > 0
+    with tqdm(batches, f"epoch {epoch + 1}", len(trainer.batches), False, initial=start, disable=silent or None) as bar:
+        for x, y in bar:
+            try:
+                loss = trainer.train_step(x, y)
+            except FloatingPointError as error:
+                saved = f"; {save_failed_batch(x, y, trainer, manager.path.parent)}" if manager.path else ""
+                raise FloatingPointError(f"{error}{saved}") from None
+            if after_step:
+                after_step(trainer)
+            bar.set_postfix(loss=loss, px=resolution, refresh=False)
+            trainer.clock.sync(bool(requests))
+            progress = trainer.progress
+            if trainer.clock.stopped or progress >= 1 or trainer.recipe.resolution_at(progress) != resolution:
+                break
+            if trainer.step % len(trainer.batches) and manager.is_due(trainer):  # `end_of_epoch` saves at the end
+                since, earlier = time.perf_counter(), since
+                trainer.meter.seconds += since - earlier
+                manager.save(trainer)
+    trainer.meter.seconds += time.perf_counter() - since
+
+
+def end_of_epoch(
+    trainer: Trainer, val_batches: Data, manager: CheckpointManager, log: Log, eval_seconds: float
+) -> Evaluation | None:
+    """Evaluate if it is time to, log a row and save; return the evaluation, if any."""
+    recipe, result, over = trainer.recipe, None, trainer.progress >= 1
+    epochs = trainer.step // len(trainer.batches)
+    row = trainer.new_row()
+    due = recipe.evaluate_every and epochs % recipe.evaluate_every == 0
+    if over or (due and trainer.clock.has_time_for(2 * eval_seconds)):
+        result = evaluate(trainer.eval_model, val_batches, recipe.amp)
+        row |= {"ema_top1" if trainer.ema else "top1": result.top1, "val_loss": result.loss}
+        if trainer.ema and not (over and recipe.minutes):
+            row["top1"] = evaluate(trainer.model, val_batches, recipe.amp).top1
+        manager.save_best(trainer, result.top1)
+    row["seconds"] = round(trainer.clock.seconds, 1)
+    log.write(trainer.history)
+    manager.save(trainer, last=over)
+    trainer.clock.sync()
+    return result
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that no step is interrupted; a later second signal stops at once."""
+    requests, previous, times = [], {}, []
+
+    def note(number: int, frame: Any) -> None:
+        requests.append(number)
+        times.append(time.time())
+        if times[-1] - times[0] > ONE_REQUEST:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def stop(trainer: Trainer, manager: CheckpointManager, requests: list[int]) -> None:
+    """Save, and raise Stopped."""
+    if trainer.step != manager.saved_step:
+        manager.save(trainer, last=True)
+    message = f"stopped after step {trainer.step:,}" + (f", saved in {manager.path}" if manager.path else "")
+    raise Stopped(message, any(distributed.all_gather_object(signal.SIGTERM in requests)))
+
+
+# ---- The result
+
+
+def report(trainer: Trainer, result: Evaluation, classes: tuple[str, ...]) -> None:
+    """Print the accuracy and the two classes that are confused most often."""
+    weights = "EMA" if trainer.ema else "last"
+    print_once(
+        f"\nTop-1 {result.top1:.1%} on {len(result.labels):,} validation images ({weights} weights), "
+        f"{trainer.clock.seconds:.0f} s"
+    )
+    print_once("Most confused:", most_confused(result.predictions, result.labels, classes))
+
+
+def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder: Path) -> None:
+    """Write summary.json, predictions.npz and curve.png; the last step's checkpoint and the log are there already."""
+    arrays = {"predictions": result.predictions.numpy(), "labels": result.labels.numpy()}
+    with atomic_write(folder / PREDICTIONS, "wb") as file:
+        np.savez_compressed(file, **{name: values.astype(np.uint16) for name, values in arrays.items()})
+    summary = {
+        **trainer.identity,
+        "validation": validation,
+        "images": len(result.labels),
+        "top1": result.top1,  # a fraction
+        "parameters": count_parameters(trainer.model),
+        "steps": trainer.step,
+        "seconds": round(trainer.clock.seconds, 1),
+        "cpu_seconds": round(trainer.clock.cpu_seconds, 1),
+        "processes": distributed.world_size(),
+        "micro_batch": trainer.micro_batch,
+        **environment(),
+    }
+    write_json(summary, folder / "summary.json")
+    training_curve(trainer.history).savefig(folder / "curve.png", dpi=150)
+    print_once(f"Wrote {folder}: {CHECKPOINT}, log.csv, curve.png, summary.json, {PREDICTIONS}, TensorBoard's events")
+
+
+# ---- A trial
+
+
+def dry_run(trainer: Trainer, val_batches: Data, output: Path | str) -> None:
+    """Time one batch, step, save, load and evaluation in a temporary folder next to `output`; leave no files."""
+    times, since = {}, time.perf_counter()
+
+    def note(name: str) -> None:
+        nonlocal since
+        times[name], since = time.perf_counter() - since, time.perf_counter()
+
+    x, y = next(trainer.batches.epoch(0))
+    note("batch")
+    trainer.train_step(x, y)
+    note("step")
+    parent = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
+    folder = Path(distributed.broadcast_object(tempfile.mkdtemp(dir=parent) if distributed.rank() == 0 else ""))
+    try:
+        CheckpointManager(folder / CHECKPOINT).save(trainer, last=True)
+        note("save")
+        trainer.load_state_dict(load_checkpoint(folder / CHECKPOINT))
+        note("load")
+    finally:
+        distributed.all_gather_object(None)  # all processes have read it
+        shutil.rmtree(folder, ignore_errors=True)
+    evaluate(trainer.eval_model, val_batches, trainer.recipe.amp, limit=1)
+    note("evaluation of a batch")
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
+    print_once(f"OK: {seconds}; {peak_memory(trainer.device) / 1e9:.1f} GB")

@@ -1,0 +1,104 @@
+"""Parameter groups for the optimizer: weight decay, and layer-wise decay of the learning rate.
+
+Layer-wise decay is for fine-tuning: the closer a layer is to the image, the lower its learning rate. The first layers
+detect edges and textures, which suit any task; the last ones depend on the classes of the old task (appendix A of the
+paper; Clark et al., "ELECTRA", 2020; Bao et al., "BEiT", 2021).
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from timm.optim import create_optimizer_v2, muon
+from torch import nn
+
+from convnext_min.convnext import ConvNeXt
+from convnext_min.recipes import Recipe
+from convnext_min.train.device import autocast_dtype
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS)
+NO_DECAY = ("bias", "gamma", "layer_scale")  # layer scale is `gamma` here and in timm, `layer_scale` in torchvision
+BLOCKS_PER_GROUP = 3
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Return the trainable parameters in two groups: with weight decay, and without it (biases, norms, layer scale).
+
+    The role of a parameter decides, not its shape: torchvision stores layer scale as (C, 1, 1). With a `layer_decay`
+    below 1 there are two such groups per group of layers; a group's learning rate is the run's times `lr_scale`.
+    """
+    scales = learning_rate_scales(model, layer_decay) if layer_decay < 1 else {}
+    groups = {}  # scale: parameters with decay, parameters without
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.requires_grad:
+                decay, no_decay = groups.setdefault(scales.get(name, 1.0), ([], []))
+                exempt = name.rpartition(".")[2] in NO_DECAY or isinstance(module, NORMS)
+                (no_decay if exempt else decay).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for scale, pair in sorted(groups.items(), reverse=True)  # scale 1 first: its learning rate is logged
+        for parameters, decay in zip(pair, (weight_decay, 0.0))
+    ]
+
+
+def group_of(name: str, depths: tuple[int, ...]) -> int:
+    """Return the number of the layer group of the parameter `name` in a ConvNeXt with these depths; the stem's is 0.
+
+    A group is three consecutive blocks of a stage, with the downsampling layer before them; the final norm and the
+    classifier are the last group. With depths (3, 3, 27, 3) these are the 12 groups of the released code between stem
+    and classifier. The same rule holds for all depths; the released code refuses all except these.
+    """
+    first = [1]  # the first group of each stage, and the classifier's
+    for depth in depths:
+        first.append(first[-1] + -(-depth // BLOCKS_PER_GROUP))
+    part, *place = name.split(".")
+    if part == "downsample_layers":
+        stage = int(place[0])
+        return first[stage] if stage else 0
+    if part == "stages":
+        return first[int(place[0])] + int(place[1]) // BLOCKS_PER_GROUP
+    return first[-1]  # norm, head
+
+
+def learning_rate_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Return the factor of each parameter's learning rate: `decay` to the power of the distance to the last group.
+
+    Raises ValueError for a network other than `ConvNeXt`.
+    """
+    if not isinstance(model, ConvNeXt):
+        raise ValueError(f"layer_decay needs a convnext_<variant>, got {type(model).__name__}: --set layer_decay=1.0")
+    depths = tuple(len(stage) for stage in model.stages)
+    last = group_of("head", depths)
+    return {name: decay ** (last - group_of(name, depths)) for name, _ in model.named_parameters()}
+
+
+def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer, built by timm, for the trainable parameters of `model`."""
+    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+    options = {"betas": recipe.betas} if recipe.betas else {}
+    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, **options)
+
+
+@contextlib.contextmanager
+def muon_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let timm's Muon orthogonalize in `dtype`; timm has no argument for it.
+
+    Its default is bfloat16. On a CPU without bfloat16 instructions PyTorch then needs six seconds for one step on the
+    weights of convnext_atto, forty times as long as in float32.
+    """
+    plain = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = functools.partial(plain, dtype=dtype)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = plain
+
+
+def step_context(optimizer: torch.optim.Optimizer, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the context for `optimizer.step()`: for Muon the dtype that the device multiplies fast, else none."""
+    if isinstance(optimizer, muon.Muon):
+        return muon_in(autocast_dtype("auto", device) or torch.float32)
+    return contextlib.nullcontext()

@@ -1,0 +1,127 @@
+"""The command `python -m convnext_min.train`."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import command, folder_of_images, options
+
+from convnext_min.train import loop
+from convnext_min.train.__main__ import main
+from convnext_min.train.checkpoint import load_checkpoint
+
+
+def test_control_c_saves_and_says_how_to_go_on(tmp_path):
+    """That the weights are those of an uninterrupted run is tested above, for the same signal in this process."""
+    folder_of_images(tmp_path / "data")
+    popen = {"cwd": Path(__file__).parents[1], "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    arguments = ("--data", str(tmp_path / "data"), "--epochs", "6", "--output", str(tmp_path / "run"))
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True, **popen) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2:"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    stopped = int(re.search(r"stopped after step (\d+), saved in", rest)[1])
+    assert 48 <= stopped < 144  # 24 steps an epoch
+    again = re.search(r"To continue: python (.*)", rest)[1]
+    go_on = [sys.executable, *shlex.split(again)]
+    assert f"continuing at step {stopped}" in subprocess.check_output(go_on, text=True, **popen)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 144
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "imagenet"], "error: unknown recipe 'imagenet'; valid: imagenette"),
+        (["--model", "resnet50"], "error: unknown model 'resnet50'; valid: convnext_atto"),
+        (["--data", "nowhere"], "error: nowhere not found in the given path"),
+        (["--epochs", "many"], "error: epochs takes int, got 'many'"),
+        (["--set", "lr=1"], "error: cannot set 'lr=1'"),
+        (["--set", "crop_scale=(0.9,0.1)"], "error: crop_scale must be two growing fractions above 0 and at most 1"),
+        (["--set", "betas=(0.9,2.0)"], "error: betas must be at least 0 and below 1, got (0.9, 2.0)"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_a_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_refuses_a_used_folder_before_it_reads_images(tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(SystemExit, match="holds a run"):
+        main(["--output", str(tmp_path), "--data", "nowhere"])
+
+
+def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys):
+    main(options(folder, tmp_path / "runs" / "new", "--dry-run", "--micro-batch", "4"))
+    out = capsys.readouterr().out
+    assert "2 gradient accumulation steps of 4 images" in out
+    assert re.search(r"OK: batch .* s, step .* s, save .* s, load .* s, evaluation of a batch .* s; .* GB", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_some_minutes_has_no_window(folder, tmp_path, capsys):
+    main(options(folder, tmp_path / "new", "--dry-run", "--minutes", "3"))
+    assert "OK: batch" in capsys.readouterr().out
+
+
+def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, capsys):
+    more = ("--recipe", "in1k", "--epochs", "1", "--workers", "0")
+    main(options(folder, tmp_path / "run", *more))
+    assert "read from the disk" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["images"] == 16 and summary["recipe"]["rand_augment"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
+        (("--micro-batch", "3"), "error: a batch of 8 images cannot be divided into micro-batches of 3 images"),
+        (("--micro-batch", "0"), "error: a batch of 8 images cannot be divided into micro-batches of 0 images"),
+        (("--finetune", "none.pt"), "error: there is no none.pt"),
+        (("--fsdp",), "error: --fsdp shards the network over processes: start several, with torchrun"),
+        (("--save-every", "often"), "error: save_every takes steps"),
+        (("--keep", "0"), "error: keep must be at least 1, got 0"),
+        (("--set", "amp=fp16"), "error: amp=fp16 is for GPUs, and this run is on cpu"),
+        (("--set", "loader=disk", "--workers", "0", "--set", "batch_size=1000"), "error: a batch of 1000 is more than"),
+    ],
+)
+def test_what_does_not_work_is_said_in_a_line(folder, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main([*options(folder, tmp_path / "run"), *more])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_sigterm_exits_with_a_code_for_the_cluster(folder, tmp_path, monkeypatch, capsys):
+    save = loop.CheckpointManager.save
+
+    def save_and_ask(self, trainer, last=False):
+        save(self, trainer, last)
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.CheckpointManager, "save", save_and_ask)
+    with pytest.raises(SystemExit) as code:
+        main(options(folder, tmp_path / "run", "--save-every", "2"))
+    assert code.value.code == 143 and "stopped after step 3, saved in" in capsys.readouterr().out
+
+
+def test_a_run_begins_with_its_plan_and_warns_of_a_rate_far_above_the_recipes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "data")
+    rates = ["--set", "base_batch=1", "batch_size=8", "evaluate_every=0"]
+    main(command("--data", "data", "--epochs", "1", "--device", "cpu", "--micro-batch", "4")[3:] + rates)
+    out = capsys.readouterr().out
+    assert "effective batch size 8 = 1 process × 4 images × 2 gradient accumulation steps" in out
+    assert "warning: the learning rate 0.016 is 64 times that of the rule, 0.00025 for 8 images" in out
