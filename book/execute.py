@@ -1,7 +1,7 @@
-"""Runs notebooks and keeps what they print, at the budget of the committed outputs: `make notebooks`.
+"""Run notebooks and keep their outputs, at the budget of the committed outputs: `make notebooks`.
 
-With `--results`, only cells with the tag "results", which show nothing but files of book/results: `make results`, after
-an experiment has made more runs. What the other cells measured stays.
+With `--results`, run only cells with the tag "results", which show nothing but files of book/results: `make results`,
+after an experiment has made more runs. The outputs of all other cells stay.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-os.environ |= {
+ENVIRONMENT = {
     "CONVNEXT_MIN_BUDGET": "quick",
-    "TQDM_DISABLE": "1",  # a page shows no progress
-    "PYTHONWARNINGS": "ignore:IProgress",  # nor that tqdm lacks widgets
+    "TQDM_DISABLE": "1",  # pages show no progress bars
+    "PYTHONWARNINGS": "ignore:IProgress",  # nor the warning that tqdm lacks widgets
 }
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -24,7 +24,7 @@ METADATA = {
 
 
 def execute(path: Path) -> None:
-    """Run the notebook at `path` in its folder and write it back with its outputs; raises if a cell does."""
+    """Run the notebook at `path` in its folder and write it back with its outputs. Raises if a cell raises."""
     notebook = nbformat.read(path, as_version=4)
     run(notebook, path.parent)
     notebook.metadata = METADATA
@@ -32,7 +32,7 @@ def execute(path: Path) -> None:
 
 
 def execute_results(path: Path) -> None:
-    """The same for the cells with the tag "results" alone, which may use imports and definitions of other cells."""
+    """Run only the cells with the tag "results", which may use imports and functions of other cells."""
     notebook, short = (nbformat.read(path, as_version=4) for _ in range(2))
     pairs = list(zip(code_cells(notebook), code_cells(short)))
     for _, cell in pairs:
@@ -43,13 +43,14 @@ def execute_results(path: Path) -> None:
         for kept, cell in pairs:
             if is_of_results(cell):
                 kept.outputs = cell.outputs
-                for output in kept.outputs:  # of the run that made the other cells
+                for output in kept.outputs:  # keep the counts of the run that made the other cells
                     if "execution_count" in output:
                         output.execution_count = kept.execution_count
         nbformat.write(notebook, path)
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Execute `notebook` in place, in a new kernel whose working directory is `folder`."""
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -58,11 +59,11 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute()
+    client.execute(env=os.environ | ENVIRONMENT)
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """Those after the first, which installs and asks for the budget."""
+    """Return the code cells after the first, which installs the package and prints the budget."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"][1:]
 
 
@@ -71,7 +72,7 @@ def is_of_results(cell: nbformat.NotebookNode) -> bool:
 
 
 def definitions(source: str) -> str:
-    """The imports and functions of a cell, without what it runs."""
+    """Return the source of a cell's imports and functions, without the statements that do the work."""
     kept = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
     return ast.unparse(ast.Module(kept, []))
 

@@ -1,8 +1,12 @@
 """Recipes, networks and images that several test modules use."""
 
+import ast
+import contextlib
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -63,3 +67,13 @@ def command(*arguments):
 def options(folder, output, *more):
     """Return the options of a run on the images in `folder`."""
     return ["--data", str(folder), "--output", str(output), "--device", "cpu", *more, "--set", *SMALL.split()]
+
+
+def run_cell(source: str, namespace: dict[str, Any]) -> tuple[str, Any]:
+    """Execute the source of a notebook's cell in `namespace`; return its printed text and its value."""
+    body = ast.parse(source).body
+    last = body.pop() if isinstance(body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(ast.Module(body, []), "<cell>", "exec"), namespace)
+        value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace) if last else None
+    return printed.getvalue(), value
