@@ -38,9 +38,8 @@ def rows(item: pytest.Item) -> list[list[str]]:
     """Return the rows that a test declares, one for each of its markers."""
     call = getattr(item, "callspec", None)
     values = {**call.params, "id": call.id} if call else {}
-    test = f"{item.path.stem}.{item.originalname}"
     declared = [[mark.kwargs[key] for key in ("library", "way", "direction", "what", "models")] for mark in marks(item)]
-    return [[*(text.format(**values) for text in row), test] for row in declared]
+    return [[*(text.format(**values) for text in row), item.path.stem] for row in declared]
 
 
 def marks(item: pytest.Item) -> list[pytest.Mark]:

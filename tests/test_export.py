@@ -27,8 +27,8 @@ class LogitsAndMaps(nn.Module):
 
 
 MODELS = {
-    "pyramid": LogitsAndMaps,
-    "isotropic": lambda: ConvNeXtIsotropic(depth=2, dim=16, num_classes=5),
+    "small ConvNeXt": LogitsAndMaps,
+    "small isotropic": lambda: ConvNeXtIsotropic(depth=2, dim=16, num_classes=5),
 }
 # A program of torch.export takes images whose last map is at least 2x2: 64 pixels, or 32 for isotropic models.
 SHAPES = [(2, 3, 64, 96), (1, 3, 224, 224), (3, 3, 65, 97)]
@@ -45,8 +45,8 @@ def outputs(model, images):
     library="PyTorch",
     way="torch.compile",
     direction="out",
-    what="one graph, equal logits: {which}",
-    models="small ConvNeXt",
+    what="one graph, equal logits",
+    models="{which}",
 )
 @pytest.mark.parametrize("which", MODELS)
 def test_torch_compile_has_one_graph_and_computes_the_same(which):
@@ -66,8 +66,8 @@ def test_torch_compile_trains_with_stochastic_depth():
     library="PyTorch",
     way="torch.export",
     direction="out",
-    what="dynamic batch and size: {which}",
-    models="small ConvNeXt",
+    what="dynamic batch and size",
+    models="{which}",
 )
 @pytest.mark.parametrize("which", MODELS)
 def test_torch_export_with_dynamic_batch_and_size(which):
@@ -82,8 +82,8 @@ def test_torch_export_with_dynamic_batch_and_size(which):
     library="ONNX",
     way="onnxruntime",
     direction="out",
-    what="equal (1e-4), dynamic batch and size: {which}",
-    models="small ConvNeXt",
+    what="equal (1e-4), dynamic batch and size",
+    models="{which}",
 )
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
 @pytest.mark.parametrize("which", MODELS)

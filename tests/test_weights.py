@@ -262,7 +262,7 @@ def test_another_number_of_classes_starts_a_new_classifier_and_says_so(small, ca
 
 
 @pytest.mark.compatibility(
-    library="all four", way="state dict", direction="in", what="{in_chans} input channels", models="small ConvNeXt"
+    library="all four", way="state dict", direction="in", what="1, 2, 4 and 7 input channels", models="small ConvNeXt"
 )
 @pytest.mark.parametrize("in_chans", [1, 2, 4, 7])
 def test_the_stem_is_adapted_to_other_input_channels_as_timm_does(small, in_chans, caplog):
