@@ -5,10 +5,11 @@ import torch
 from test_convnext import randomize
 from torch.nn import functional as F
 
-from convnext_min import isotropic, weights
+from convnext_min import isotropic, recipes, weights
 from convnext_min.convnext import DropPath
 from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.measure import count_macs, count_parameters
+from convnext_min.train import train
 
 SMALL = {"depth": 3, "dim": 16, "num_classes": 5}
 # million parameters and GMACs of Table 2
@@ -97,3 +98,11 @@ def test_released_weights_load_with_and_without_layer_scale(tmp_path):
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         ConvNeXtIsotropic(**{**SMALL, **wrong})
+
+
+def test_the_papers_recipe_trains_an_isotropic_model(images):
+    settings = ["epochs=1", "batch_size=8", "base_batch=8", "resolution=32", "eval_resolution=32", "image_size=32"]
+    recipe = recipes.get("in1k", settings, "convnext_isotropic_small")
+    few = images.subset(slice(8))
+    history = train("convnext_isotropic_small", recipe, few, few)
+    assert isinstance(history.model, ConvNeXtIsotropic) and history.model.blocks[0].gamma is None

@@ -8,6 +8,7 @@ import torch
 from helpers import TINY
 from torch import nn
 
+from convnext_min import recipes
 from convnext_min.recipes import INITS, Recipe
 from convnext_min.train import create_model
 
@@ -22,6 +23,26 @@ def test_a_model_gets_what_the_recipe_says():
     assert [len(stage) for stage in model.stages] == [1, 1, 1, 1] and model.stages[3][0].pwconv1.in_features == 16
     assert model.stages[3][0].drop_path.rate == pytest.approx(0.2) and model.stages[0][0].gamma[0] == 1.0
     assert not model.head.weight.any()
+
+
+@pytest.mark.parametrize(("size", "drop_path"), [("small", 0.1), ("base", 0.2), ("large", 0.5)])
+def test_the_papers_recipe_builds_its_isotropic_models(size, drop_path):
+    name = f"convnext_isotropic_{size}"
+    with torch.device("meta"):
+        model = create_model(name, recipes.get("in1k", model=name), 1000)
+    assert model.blocks[-1].drop_path.rate == pytest.approx(drop_path)
+    assert (model.blocks[0].gamma is None) == (size != "large")  # appendix A.1: the large one has layer scale
+
+
+def test_an_isotropic_model_has_no_stages_to_set():
+    for field, value in (("depths", (1, 1, 1, 1)), ("dims", (8, 8, 8, 8)), ("stem", "overlapping")):
+        with pytest.raises(ValueError, match=f"{field} can be set for convnext_atto.*, not for 'convnext_isotropic_"):
+            create_model("convnext_isotropic_small", Recipe(**{field: value}), 10)
+
+
+def test_a_name_is_checked_before_the_fields():
+    with pytest.raises(ValueError, match="unknown model 'convnext_isotropic_tiny'; valid: convnext_atto"):
+        create_model("convnext_isotropic_tiny", Recipe(depths=(1, 1, 1, 1)), 10)
 
 
 def test_wrong_models_say_what_is_right():

@@ -7,17 +7,19 @@ import timm
 import torchvision
 from torch import nn
 
-from convnext_min import convnext, roadmap
+from convnext_min import roadmap
 from convnext_min.convnext import ConvNeXt, LayerNorm
+from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.recipes import Recipe
+from convnext_min.weights import VARIANTS
 
-VARIANTS = {name: build for name, build in vars(convnext).items() if name.startswith("convnext_")}
+FOUR_STAGES = tuple(name for name, build in VARIANTS.items() if build.func is ConvNeXt)
 ROAD = "road:<step>"
 # Recipe fields that change the model, and the models that accept them.
 FIELDS = {
-    "depths": (*VARIANTS,),
-    "dims": (*VARIANTS,),
-    "stem": (*VARIANTS,),
+    "depths": FOUR_STAGES,
+    "dims": FOUR_STAGES,
+    "stem": FOUR_STAGES,
     "layer_scale_init": (*VARIANTS,),
     "head_init_scale": (*VARIANTS,),
     "init": (*VARIANTS, ROAD),
@@ -64,7 +66,7 @@ def _check_fields(name: str, kind: str, recipe: Recipe) -> None:
             )
 
 
-def _create_variant(name: str, recipe: Recipe, num_classes: int) -> ConvNeXt:
+def _create_variant(name: str, recipe: Recipe, num_classes: int) -> ConvNeXt | ConvNeXtIsotropic:
     sizes = {field: value for field in ("depths", "dims") if (value := getattr(recipe, field)) is not None}
     model = VARIANTS[name](
         num_classes=num_classes,
