@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convnext_min.train.checkpoint import read_file
+from convnext_min.convnext import ConvNeXt
+from convnext_min.formats import to_official
+from convnext_min.isotropic import ConvNeXtIsotropic
+from convnext_min.weights import read_checkpoint, unwrap
 
 
 class Start(NamedTuple):
@@ -25,12 +28,15 @@ class Start(NamedTuple):
 def load_start(model: nn.Module, start: Start, classes: tuple[str, ...]) -> str:
     """Load the weights of `start` into `model`, in place, and return a line about them and the classifier.
 
+    For a ConvNeXt they may have the keys of the official release, timm, torchvision or transformers.
     The classifier is the network's last linear layer. It is loaded if the checkpoint has the same number of classes
     and, as far as it names them, the same names. With a class map it gets the mapped rows of the checkpoint's
     classifier. Otherwise it stays as it was built. Raises FileNotFoundError for a missing file, and ValueError, naming
     the first keys that differ, for weights that do not fit.
     """
     weights, old_classes = read_weights(start.path, start.averaged)
+    if isinstance(model, (ConvNeXt, ConvNeXtIsotropic)):
+        weights = to_official(weights)
     expected = model.state_dict()
     keys = [key for key in classifier_keys(model) if key in weights]
     message = "its classifier is kept"
@@ -71,17 +77,16 @@ def check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
 
 
 def read_weights(path: Path | str, averaged: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Return the weights in a checkpoint of a run or of the official release, and its classes if it names them.
+    """Return the weights in a checkpoint, unwrapped by `weights.unwrap`, and its classes if it names them.
 
-    Raises ValueError if it has none, or no `averaged` (EMA) weights if they are asked for.
+    Raises FileNotFoundError, and ValueError if it has no weights, or no `averaged` (EMA) weights if they are asked for.
     """
-    state = read_file(path)
-    ours = isinstance(state, dict) and "weights" in state
-    key = ("ema" if averaged else "weights") if ours else ("model_ema" if averaged else "model")
-    weights = state.get(key) if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no {'EMA ' * averaged}weights: nothing under {key!r}")
-    return dict(weights), tuple(state["classes"]) if "classes" in state else None
+    checkpoint = read_checkpoint(path)
+    try:
+        weights = unwrap(checkpoint, averaged)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no {'EMA ' * averaged}weights: {error}") from None
+    return weights, tuple(checkpoint["classes"]) if "classes" in checkpoint else None
 
 
 def read_class_map(path: Path | str, new: int, old: int) -> Tensor:
