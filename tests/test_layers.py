@@ -48,6 +48,10 @@ def test_imports_go_from_later_layers_to_earlier_ones(module):
     assert not against, f"{module} imports {', '.join(against)}, which belong to a later layer"
 
 
+def test_no_modules_import_each_other_in_a_circle():
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names the circle
+
+
 def test_no_folders_import_each_other_in_a_circle():
     folders = {}
     for module, imported in GRAPH.items():
