@@ -35,7 +35,7 @@ def test_same_finds_a_difference_that_layer_scale_would_hide():
             branch = self.pwconv2(self.act(self.pwconv1(self.dwconv(x).permute(0, 2, 3, 1))))
             return x + (self.gamma * branch).permute(0, 3, 1, 2)
 
-    with pytest.raises(AssertionError, match="outputs differ by up to"):
+    with pytest.raises(AssertionError, match="outputs differ from the expected ones by up to"):
         same(NoNorm(8), Block(8), (2, 8, 8, 8))
 
 
@@ -44,33 +44,37 @@ def test_same_finds_a_difference_in_evaluation_mode_alone():
         def forward(self, x):
             return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
-    with pytest.raises(AssertionError, match="in evaluation mode the outputs differ"):
+    with pytest.raises(AssertionError, match="in evaluation mode your outputs differ"):
         same(Frozen(4), nn.BatchNorm2d(4), (2, 4, 8, 8))
 
 
 def test_same_names_the_first_tensor_that_does_not_fit():
-    with pytest.raises(AssertionError, match=r"conv1.weight has shape \(4, 32, 1, 1\); conv1.weight has \(8, "):
+    with pytest.raises(
+        AssertionError, match=r"yours: conv1.weight has shape \(4, 32, 1, 1\); expected: conv1.weight has shape \(8, "
+    ):
         same(Bottleneck(32, 4), Bottleneck(32, 8), (2, 32, 8, 8))
-    with pytest.raises(AssertionError, match=r"dwconv.weight has shape \(8, 1, 7, 7\); gamma has \(8,\)"):
+    with pytest.raises(
+        AssertionError, match=r"yours: dwconv.weight has shape \(8, 1, 7, 7\); expected: gamma has shape \(8,\)"
+    ):
         same(ConvNeXtBlock(8, 8), Block(8), (2, 8, 8, 8))
-    with pytest.raises(AssertionError, match=r"1.weight of shape \(4, 4, 1, 1\) is missing from the reference"):
+    with pytest.raises(AssertionError, match=r"yours also has 1.weight of shape \(4, 4, 1, 1\)"):
         same(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), nn.Sequential(nn.Conv2d(3, 4, 1)), (1, 3, 4, 4))
 
 
 def test_same_compares_shapes_and_macs():
-    with pytest.raises(AssertionError, match=r"shape \(1, 4, 2, 2\); it should be \(1, 4, 4, 4\)"):
+    with pytest.raises(AssertionError, match=r"shape \(1, 4, 2, 2\); expected \(1, 4, 4, 4\)"):
         same(nn.Conv2d(3, 4, 1, 2), nn.Conv2d(3, 4, 1), (1, 3, 4, 4))
 
     class Twice(nn.Conv2d):
         def forward(self, x):
             return (super().forward(x) + super().forward(x)) / 2
 
-    with pytest.raises(AssertionError, match="384 multiply-accumulates; the reference needs 192"):
+    with pytest.raises(AssertionError, match="yours needs 384 MACs at 4×4; expected 192"):
         same(Twice(3, 4, 1), nn.Conv2d(3, 4, 1), (1, 3, 4, 4))
 
 
 def test_same_refuses_a_starting_stub():
-    with pytest.raises(AssertionError, match="a module is compared, got NoneType"):
+    with pytest.raises(AssertionError, match="expected a module, got NoneType"):
         same(None, Block(8), (1, 8, 4, 4))
 
 
@@ -86,12 +90,16 @@ def test_expect_accepts(value, right, tolerance):
     "value, right, message",
     [
         (None, 3, "x: no answer yet"),
-        (4, 3, "x: got 4, should be 3"),
-        (1.1, 1.0, "x: got 1.1, should be 1.0"),
-        (torch.zeros(3), torch.zeros(2), r"x: got \(3,\), should be a tensor of shape \(2,\)"),
-        (5, torch.zeros(2), "x: got int, should be a tensor"),
-        (torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), "x: differs by up to 0.5"),
-        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0]), "x: differs by up to nan"),
+        (4, 3, "x: yours is 4, expected 3"),
+        (1.1, 1.0, "x: yours is 1.1, expected 1.0"),
+        (torch.zeros(3), torch.zeros(2), r"x: yours is \(3,\), expected a tensor of shape \(2,\)"),
+        (5, torch.zeros(2), "x: yours is int, expected a tensor"),
+        (torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), "x: yours differs from the expected tensor by up to 0.5"),
+        (
+            torch.tensor([1.0, float("nan")]),
+            torch.tensor([1.0, 2.0]),
+            "x: yours differs from the expected tensor by up to nan",
+        ),
     ],
 )
 def test_expect_explains(value, right, message):
@@ -114,7 +122,11 @@ def test_attempt_prints_and_never_raises(capsys):
         attempt(check, answer)
     attempt(check, torch.zeros(2))  # comparing it raises a RuntimeError
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["correct: three", "not solved yet: x: got 4, should be 3", "not solved yet: x: no answer yet"]
+    assert lines[:3] == [
+        "correct: three",
+        "not solved yet: x: yours is 4, expected 3",
+        "not solved yet: x: no answer yet",
+    ]
     assert lines[3].startswith("not solved yet: ")
 
 
@@ -178,19 +190,23 @@ def fold_weight_alone(block):
         ("dilated_block", lambda *args: MovedUpBlock(*args, kernel_size=7), "MACs with stride 1"),
         ("dilated_block", Unpadded, "shape after dwconv"),
         ("stack_of_threes", lambda k: (k // 3, k // 3 * 9 / k**2), "layers for kernel size 5"),
-        ("depthwise_macs_of_design", lambda design: 56**2 * design.width * design.kernel_size**2, "which is not right"),
-        ("layer_norm", norm_over((1, 2, 3)), "96 channels .* differs"),
-        ("layer_norm", norm_over(1, unbiased=True), "channels .* differs"),
-        ("layer_norm", norm_over(1, eps_inside=False), "channels .* differs"),
-        ("fold_batch_norm", fold_without_mean, "7x7 convolution computes: differs"),
+        (
+            "depthwise_macs_of_design",
+            lambda design: 56**2 * design.width * design.kernel_size**2,
+            "which is not correct",
+        ),
+        ("layer_norm", norm_over((1, 2, 3)), "96 channels .* yours differs"),
+        ("layer_norm", norm_over(1, unbiased=True), "channels .* yours differs"),
+        ("layer_norm", norm_over(1, eps_inside=False), "channels .* yours differs"),
+        ("fold_batch_norm", fold_without_mean, "output of the folded 7×7 convolution: yours differs"),
         ("fold_batch_norm", nn.Sequential, "one nn.Conv2d, got Sequential"),
-        ("separate_downsampling_macs", lambda design: 0, "resnet50 regime: got 0"),
+        ("separate_downsampling_macs", lambda design: 0, "resnet50 regime: yours is 0"),
         ("drop_path", drop_without_rescaling, "the mean became 0.75"),
         ("drop_path", drop_values, "dropped in part"),
         ("drop_path", drop_batch, "of the samples of one batch"),
-        ("convnext_parameters", lambda depths, dims, classes: 28_581_000, "which is not right"),
-        ("folded_layer_scale", fold_in_place, "the block that was given"),
-        ("folded_layer_scale", fold_weight_alone, "what the folded block computes"),
+        ("convnext_parameters", lambda depths, dims, classes: 28_581_000, "which is not correct"),
+        ("folded_layer_scale", fold_in_place, "output of the given block"),
+        ("folded_layer_scale", fold_weight_alone, "output of the folded block"),
     ],
 )
 def test_checks_of_chapters_5_to_7_see_what_is_wrong(check, answer, message):
@@ -210,8 +226,8 @@ def wrong_in_all(answers, labels):
 @pytest.mark.parametrize(
     "check, answer, message",
     [
-        ("times_the_rule", lambda rate, batch: rate / 4e-3, r"times_the_rule\(0.04, 1024\): got 10"),
-        ("times_the_rule", lambda rate, batch: 4e-3 * batch / 4096 / rate, "which is not right"),
+        ("times_the_rule", lambda rate, batch: rate / 4e-3, r"times_the_rule\(0.04, 1024\): yours is 10"),
+        ("times_the_rule", lambda rate, batch: 4e-3 * batch / 4096 / rate, "which is not correct"),
         ("decay_for", lambda steps, share: 1 - 1 / steps, r"decay_for\(665, 0.01\)"),
         ("decay_for", lambda steps, share: 1 - share ** (1 / steps), r"decay_for\(665, 0.01\)"),
         ("timed_run", harmonic, "epochs of timed_run"),
@@ -253,14 +269,18 @@ def without_images(before, after, draws, rng):
     "check, answer, message",
     [
         ("effects", lambda cells: (1.0, 2.0), r"a triple \(recipe, network, interaction\), got \(1.0, 2.0\)"),
-        ("effects", lambda cells: (cells[0, 1] - cells[0, 0], 0, 0), "recipe of .*which is not right"),
-        ("effects", lambda c: (np.diff(c).mean(), np.diff(c, axis=0).mean(), 0), "interaction of .*which is not right"),
+        ("effects", lambda cells: (cells[0, 1] - cells[0, 0], 0, 0), "recipe of .*which is not correct"),
+        (
+            "effects",
+            lambda c: (np.diff(c).mean(), np.diff(c, axis=0).mean(), 0),
+            "interaction of .*which is not correct",
+        ),
         ("bootstrap", lambda before, after, draws, rng: None, "2000 draws are asked for, got None"),
         ("bootstrap", lambda before, after, draws, rng: np.zeros(draws) - 5, "on average"),
         ("bootstrap", drawn_apart, "runs that agree: .* too much"),
         ("bootstrap", without_seeds, "seeds apart: .* too little: are seeds drawn"),
         ("bootstrap", without_images, "runs that agree: .* too little: are images drawn"),
-        ("seeds_needed", lambda gap, std: round(8 * (std / gap) ** 2), "which is not right"),
+        ("seeds_needed", lambda gap, std: round(8 * (std / gap) ** 2), "which is not correct"),
     ],
 )
 def test_checks_of_chapter_9_see_what_is_wrong(check, answer, message):
@@ -280,13 +300,13 @@ def crossing_on_a_linear_axis(numbers, gaps):
         (
             "epochs_for",
             lambda images, batch, steps: steps * batch // images,
-            r"epochs_for\(946, 64, 1323\): .*not right",
+            r"epochs_for\(946, 64, 1323\): .*not correct",
         ),
-        ("epochs_for", lambda images, batch, steps: -(-steps * batch // images), "which is not right"),
+        ("epochs_for", lambda images, batch, steps: -(-steps * batch // images), "which is not correct"),
         ("crossing", lambda numbers, gaps: None, r"crossing\(\[100, 1000, 10000\], .*: no answer yet"),
-        ("crossing", crossing_on_a_linear_axis, "which is not right"),
+        ("crossing", crossing_on_a_linear_axis, "which is not correct"),
         ("crossing", lambda numbers, gaps: np.exp(np.interp(0, gaps, np.log(numbers))), "does not turn positive"),
-        ("power_law", lambda numbers, errors, wanted: np.interp(wanted, numbers, errors), "which is not right"),
+        ("power_law", lambda numbers, errors, wanted: np.interp(wanted, numbers, errors), "which is not correct"),
     ],
 )
 def test_checks_of_chapter_10_see_what_is_wrong(check, answer, message):

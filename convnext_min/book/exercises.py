@@ -1,7 +1,7 @@
-"""The checks behind the book's exercises, and `same`, which holds what a chapter wrote to what the package does.
+"""Check exercises, and compare the modules that a chapter writes with the package's.
 
-A check gets the reader's answer, raises an AssertionError that says what is wrong with it, and prints one line when
-it is right. `attempt` runs a check in a notebook without stopping it.
+Each `check_` function takes the reader's answer, raises an AssertionError that names the mistake, and prints one line
+if the answer is correct. `attempt` runs a check in a notebook without stopping it. `same` compares two modules.
 """
 
 import copy
@@ -26,29 +26,29 @@ from convnext_min.train.optim import group_of
 def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int, int] = (2, 3, 64, 64)) -> None:
     """Assert that two modules compute the same function of a Tensor of shape `input_shape` (N, C, H, W), H = W.
 
-    Works on copies: parameters and buffers of `reference` go into `mine` in their order, whatever they are called, so
-    both must define their layers in the same order. What starts as a constant (norms, biases, layer scale, running
-    statistics) is drawn at random first: otherwise a layer scale of 1e-6 would hide whatever its branch computes.
-    Outputs are compared in training and in evaluation mode, then the multiply-accumulates. Raises AssertionError
-    naming the first tensor whose shape differs, or the largest difference of the outputs.
+    Works on copies. Parameters and buffers of `reference` are copied into `mine` in their order, whatever their names,
+    so both must define their layers in the same order. Constant tensors (norms, biases, layer scale, running
+    statistics) are randomized first: otherwise a layer scale of 1e-6 would hide its branch. Compares outputs in
+    training and in evaluation mode, then the MACs. Raises AssertionError naming the first tensor whose shape differs,
+    or the largest difference of the outputs.
     """
     if not isinstance(mine, nn.Module):
-        raise AssertionError(f"a module is compared, got {type(mine).__name__}")
+        raise AssertionError(f"expected a module, got {type(mine).__name__}")
     mine, reference = copy.deepcopy(mine), copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = list(mine.state_dict().items()), list(reference.state_dict().items())
     for (name, value), (right_name, right) in zip(ours, theirs):
         if value.shape != right.shape:
-            raise AssertionError(f"{name} has shape {tuple(value.shape)}; {right_name} has {tuple(right.shape)}")
+            raise AssertionError(
+                f"yours: {name} has shape {tuple(value.shape)}; expected: {right_name} has shape {tuple(right.shape)}"
+            )
         if right.is_floating_point() and (right == right.flatten()[0]).all():
             right.copy_(torch.empty(right.shape).uniform_(0.5, 1.5, generator=generator))
         value.copy_(right)
     if len(ours) != len(theirs):
-        longer, which = (
-            (ours, "missing from the reference") if len(ours) > len(theirs) else (theirs, "missing from yours")
-        )
+        longer, problem = (ours, "yours also has") if len(ours) > len(theirs) else (theirs, "yours lacks")
         name, value = longer[min(len(ours), len(theirs))]
-        raise AssertionError(f"{name} of shape {tuple(value.shape)} is {which}")
+        raise AssertionError(f"{problem} {name} of shape {tuple(value.shape)}")
     x = torch.randn(input_shape, generator=generator)
     worst = 0.0
     for training in (True, False):
@@ -58,21 +58,22 @@ def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int
             torch.manual_seed(0)
             right = reference.train(training)(x.clone())
         if got.shape != right.shape:
-            raise AssertionError(f"the output has shape {tuple(got.shape)}; it should be {tuple(right.shape)}")
+            raise AssertionError(f"your output has shape {tuple(got.shape)}; expected {tuple(right.shape)}")
         difference = (got - right).abs().max().item()
         if not difference <= 1e-4 * right.abs().max().item():
             mode = "training" if training else "evaluation"
-            raise AssertionError(f"in {mode} mode the outputs differ by up to {difference:.3g}")
+            raise AssertionError(f"in {mode} mode your outputs differ from the expected ones by up to {difference:.3g}")
         worst = max(worst, difference)
     _, chans, size, _ = input_shape
     macs, right_macs = count_macs(mine, size, chans), count_macs(reference, size, chans)
     if macs != right_macs:
-        raise AssertionError(f"{macs:,} multiply-accumulates; the reference needs {right_macs:,}")
-    print(f"same: {count_parameters(mine):,} parameters, {macs:,} MACs, outputs differ by at most {worst:.1e}")
+        raise AssertionError(f"yours needs {macs:,} MACs at {size}×{size}; expected {right_macs:,}")
+    costs = f"{count_parameters(mine):,} parameters, {macs:,} MACs at {size}×{size}"
+    print(f"same: {costs}, outputs differ by at most {worst:.1e}")
 
 
 def attempt(check: Callable[..., None], *answers) -> None:
-    """Run an exercise's check and print what it says, without raising: the notebook runs on."""
+    """Run an exercise's check and print the result, without raising, so that the notebook runs on."""
     try:
         check(*answers)
     except Exception as error:
@@ -82,21 +83,23 @@ def attempt(check: Callable[..., None], *answers) -> None:
 def expect(value, right, what: str, tolerance: float = 0.0, reveal: bool = True) -> None:
     """Assert that `value` equals `right`: numbers and tensors within the relative `tolerance`, all else exactly.
 
-    `what` names the value in the message; `reveal=False` keeps the right value out of it.
+    The message of the AssertionError names the value `what`; `reveal=False` leaves out the expected value.
     """
     if value is None:
         raise AssertionError(f"{what}: no answer yet")
     if isinstance(right, Tensor):
         if not isinstance(value, Tensor) or value.shape != right.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise AssertionError(f"{what}: got {got}, should be a tensor of shape {tuple(right.shape)}")
+            raise AssertionError(f"{what}: yours is {got}, expected a tensor of shape {tuple(right.shape)}")
         difference = (value - right).abs().max().item()
         if not difference <= tolerance * right.abs().max().item():
-            raise AssertionError(f"{what}: differs by up to {difference:.3g}")
+            raise AssertionError(f"{what}: yours differs from the expected tensor by up to {difference:.3g}")
     else:
         number = isinstance(right, float) and isinstance(value, (int, float))
         if not (math.isclose(value, right, rel_tol=tolerance) if number else value == right):
-            raise AssertionError(f"{what}: got {value}, " + (f"should be {right}" if reveal else "which is not right"))
+            raise AssertionError(
+                f"{what}: yours is {value}, " + (f"expected {right}" if reveal else "which is not correct")
+            )
 
 
 def solved(message: str) -> None:
@@ -108,7 +111,7 @@ def solved(message: str) -> None:
 
 
 def check_bottleneck_macs(answer) -> None:
-    """Exercise 1.1: MACs of a bottleneck, held to PyTorch's counter."""
+    """Exercise 1.1: MACs of a bottleneck, compared with PyTorch's counter."""
     for width, size in ((64, 56), (80, 20), (512, 7)):
         right = count_macs(blocks.Bottleneck(4 * width, width), size, 4 * width)
         expect(answer(width, size), right, f"bottleneck_macs({width}, {size})", reveal=False)
@@ -126,7 +129,7 @@ def check_projection_share(answer) -> None:
 
 
 def check_learning_rate(answer) -> None:
-    """Exercise 1.3: linear warm-up and half a cosine, held to the trainer's schedule."""
+    """Exercise 1.3: linear warm-up and half a cosine, compared with the trainer's schedule."""
     paper = {"epochs": 300, "warmup": 20, "peak": 4e-3, "end": 1e-6}
     for setting in (paper, {"epochs": 90, "warmup": 5, "peak": 1e-3, "end": 1e-5}):
         epochs, peak = setting["epochs"], setting["peak"]
@@ -138,7 +141,7 @@ def check_learning_rate(answer) -> None:
 
 
 def check_drop_path_rates(answer) -> None:
-    """Exercise 1.4: stochastic depth grows over all blocks, held to the rates of a built network."""
+    """Exercise 1.4: stochastic depth grows over all blocks, compared with the rates of a built network."""
     for depths, rate in (((3, 3, 9, 3), 0.1), ((2, 2, 6, 2), 0.4)):
         built = RoadNet(replace(STEPS["resnet50"], depths=depths, width=4), drop_path_rate=rate)
         rates = answer(depths, rate)
@@ -153,7 +156,7 @@ def check_drop_path_rates(answer) -> None:
 
 
 def check_network_macs(answer) -> None:
-    """Exercise 2.1: MACs of a ResNet of any depths from measured parts, held to PyTorch's counter."""
+    """Exercise 2.1: MACs of a ResNet of any depths from measured parts, compared with PyTorch's counter."""
     for depths in ((3, 4, 6, 3), (3, 3, 9, 3), (2, 2, 2, 2), (1, 8, 5, 1)):
         with torch.device("meta"):
             right = count_macs(RoadNet(replace(STEPS["resnet50"], depths=depths)))
@@ -190,7 +193,7 @@ def check_shift_error(answer) -> None:
 
 
 def check_grouped_macs(answer) -> None:
-    """Exercise 3.1: MACs of a grouped convolution, held to PyTorch's counter."""
+    """Exercise 3.1: MACs of a grouped convolution, compared with PyTorch's counter."""
     for case in ((64, 64, 56, 3, 1), (96, 96, 14, 3, 96), (32, 48, 7, 5, 8)):
         in_chans, out_chans, size, kernel_size, groups = case
         conv = nn.Conv2d(in_chans, out_chans, kernel_size, padding=kernel_size // 2, groups=groups)
@@ -199,7 +202,7 @@ def check_grouped_macs(answer) -> None:
 
 
 def check_resnext_block(answer) -> None:
-    """Exercise 3.2: ResNeXt-50's (32x4d) block, held to torchvision's."""
+    """Exercise 3.2: ResNeXt-50's (32x4d) block, compared with torchvision's."""
     same(answer, torchvision.models.resnet.Bottleneck(256, 64, groups=32, base_width=4), (2, 256, 14, 14))
     solved("ResNeXt's block is between ResNet's and this chapter's")
 
@@ -238,7 +241,7 @@ def check_widest(answer) -> None:
 
 
 def check_shortcut_macs(answer) -> None:
-    """Exercise 4.1: MACs of all projection shortcuts of a design at 224 px, held to the built layers."""
+    """Exercise 4.1: MACs of all projection shortcuts of a design at 224 px, compared with the built layers."""
     for slug in ("patchify", "width", "inverted"):
         with torch.device("meta"):
             model = build(slug)
@@ -253,7 +256,7 @@ def check_shortcut_macs(answer) -> None:
 
 
 def check_mobilenet_block(answer) -> None:
-    """Exercise 4.2: MobileNetV2's inverted residual, held to torchvision's."""
+    """Exercise 4.2: MobileNetV2's inverted residual, compared with torchvision's."""
     same(answer, torchvision.models.mobilenetv2.InvertedResidual(24, 24, stride=1, expand_ratio=4), (2, 24, 14, 14))
     solved("one activation less, and ReLU6 for ReLU")
 
@@ -301,7 +304,7 @@ def check_stack_of_threes(answer) -> None:
 
 
 def check_depthwise_macs_of_design(answer) -> None:
-    """Exercise 5.3: MACs of all depthwise convolutions of a design at 224 px, held to PyTorch's counter."""
+    """Exercise 5.3: MACs of all depthwise convolutions of a design at 224 px, compared with PyTorch's counter."""
     for regime, steps in REGIMES.items():
         with torch.device("meta"):
             small, large = (count_macs(RoadNet(steps[slug])) for slug in ("move_up", "kernel11"))
@@ -343,12 +346,12 @@ def check_fold_batch_norm(answer) -> None:
                 raise AssertionError(f"the answer is one nn.Conv2d, got {type(folded).__name__}")
             y, right = folded(x), norm(conv(x))
         k = conv.kernel_size[0]
-        expect(y, right, f"what the folded {k}x{k} convolution computes", 1e-4)
+        expect(y, right, f"output of the folded {k}×{k} convolution", 1e-4)
     solved("in evaluation mode the BatchNorm has vanished into the convolution")
 
 
 def check_separate_downsampling_macs(answer) -> None:
-    """Exercise 6.3: the MACs that separate downsampling adds at 224 px, held to PyTorch's counter."""
+    """Exercise 6.3: the MACs that separate downsampling adds at 224 px, compared with PyTorch's counter."""
     for regime, steps in REGIMES.items():
         with torch.device("meta"):
             before, after = (count_macs(RoadNet(steps[slug])) for slug in ("layer_norm", "convnext"))
@@ -392,7 +395,7 @@ def check_drop_path(answer) -> None:
 
 
 def check_convnext_parameters(answer) -> None:
-    """Exercise 7.3: the parameters of any ConvNeXt by arithmetic, held to the built network."""
+    """Exercise 7.3: the parameters of any ConvNeXt by arithmetic, compared with the built network."""
     for depths, dims, classes in (
         ((3, 3, 9, 3), (96, 192, 384, 768), 1000),
         ((2, 2, 6, 2), (40, 80, 160, 320), 10),
@@ -415,8 +418,8 @@ def check_folded_layer_scale(answer) -> None:
         folded = answer(block)
         if not isinstance(folded, Block) or folded.gamma is not None:
             raise AssertionError("the answer is a Block whose gamma is None")
-        expect(block(x), right, "what the block that was given computes afterwards")
-        expect(folded(x), right, "what the folded block computes", 1e-4)
+        expect(block(x), right, "output of the given block after folding")
+        expect(folded(x), right, "output of the folded block", 1e-4)
     solved("layer scale costs nothing once training is over")
 
 
