@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,6 +141,28 @@ for x, y in batches.epoch():
     assert run.returncode == 1 and "the transform is wrong" in run.stderr
 
 
+def test_workers_outlive_a_signal_to_every_process_of_a_job(image_root):
+    batches = loader(image_root, "train", replace(RECIPE, batch_size=2, base_batch=2), True, workers=2)
+    expected, drawing = drawn(batches), batches.epoch()
+    first = next(drawing)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    assert same([first, *drawing], expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_little_shared_memory_is_named_and_ends_the_reading(image_root, monkeypatch, workers):
+    def fail(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(OSError, match=r"/dev/shm is full: .* --workers 0"):
+        drawn(loader(image_root, "train", RECIPE, True, workers=workers))
+    assert multiprocessing.active_children() == []
+
+
 # ---- Evaluation
 
 
@@ -175,6 +199,27 @@ def test_the_evaluation_crop_is_the_papers(image_root):
     torch.testing.assert_close(first(recipes.get("in1k", model="convnext_base")), normalized(at_224))
     at_384 = T.resize(image, (384, 384), T.InterpolationMode.BICUBIC)  # squeezed
     torch.testing.assert_close(first(recipes.get("in1k-ft384", model="convnext_base")), normalized(at_384))
+
+
+@pytest.mark.parametrize("size", [(5000, 2), (3, 6000)])
+def test_a_long_image_is_evaluated_by_its_centre_without_a_huge_one_in_between(size):
+    image = picture(3, size)
+    recipe = replace(RECIPE, eval_resolution=40)
+    seen = []
+    resize = Image.Image.resize
+
+    def spy(self, *arguments, **options):
+        seen.append(max(self.size))
+        return resize(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", spy)
+        x = disk.transform(recipe, False, 40)(image)
+    whole = T.normalize(
+        T.to_tensor(T.center_crop(T.resize(image, 46, T.InterpolationMode.BICUBIC), 40)), data.MEAN, data.STD
+    )
+    assert seen and max(seen) <= 30
+    torch.testing.assert_close(x, whole, rtol=0, atol=0.1)
 
 
 def test_every_tenth_image_can_be_held_out(image_root):

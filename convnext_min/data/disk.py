@@ -7,6 +7,7 @@ a resumed run, or a run with another number of workers or processes, sees the sa
 import io
 import itertools
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
 
 from convnext_min.data.batches import check_split, split_batch
@@ -80,7 +81,20 @@ def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.I
                     operation.aug_fn = _posterize
         return made
     crop_mode = "squash" if recipe.eval_crop == 1 else "center"
-    return create_transform(resolution, crop_pct=recipe.eval_crop, crop_mode=crop_mode, interpolation="bicubic")
+    made = create_transform(resolution, crop_pct=recipe.eval_crop, crop_mode=crop_mode, interpolation="bicubic")
+    if crop_mode == "center":
+        made.transforms.insert(0, _shorten)
+    return made
+
+
+def _shorten(image: Image.Image) -> Image.Image:
+    """Cut the ends off an image that is more than ten times as long as wide, which would be huge after resizing."""
+    limit = 10 * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    width, height = (min(side, limit) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class ChunkDataset(Dataset):
@@ -108,7 +122,10 @@ class ChunkDataset(Dataset):
                 with seeded(*self.key, index):
                     images.append(self.transform(found[0]))
                 labels.append(found[1])
-        return torch.stack(images) if images else torch.empty(0), labels, damaged
+        x = torch.stack(images) if images else torch.empty(0)
+        if get_worker_info():  # here rather than in the queue's thread, whose errors would be lost
+            x.share_memory_()
+        return x, labels, damaged
 
     def _read(self, index: int, damaged: list[str]) -> tuple[Image.Image, int] | None:
         """Return image `index`. If it cannot be read: in training a random other image, in evaluation None."""
@@ -130,7 +147,23 @@ def _start_worker(number: int) -> None:
     # it needs its workers. So the workers get a group of their own; the main process ends them.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    # A batch system signals every process of a job, once. A second signal comes from the main process at its end.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     warnings.filterwarnings("ignore", "Corrupt EXIF", UserWarning)  # frequent in ImageNet, and harmless here
+
+
+def _read_chunks(chunks: DataLoader) -> Iterator[Any]:
+    """Yield the chunks. Raises OSError, with the remedy, if workers run out of shared memory; an error ends them."""
+    try:
+        yield from chunks
+    except Exception as error:
+        error.__traceback__ = None  # its frames would keep the workers alive, and the process waiting for them
+        if not isinstance(error, RuntimeError) or "shared memory" not in str(error):
+            raise error
+        raise OSError(
+            "workers hand images over in shared memory, and /dev/shm is full: give a container more, as in docker run "
+            "--shm-size=16g, or read without workers: --workers 0"
+        ) from error
 
 
 def _prefetch(batches: Iterator[Any]) -> Iterator[Any]:
@@ -203,7 +236,7 @@ class Loader:
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # not the global one, from which the trainer draws
         )
-        batches = self._join(iter(chunks), [len(share) for share in shares])
+        batches = self._join(_read_chunks(chunks), [len(share) for share in shares])
         return _prefetch(batches) if self.workers else batches
 
     def _join(self, chunks: Iterator[tuple[Tensor, list[int], list[str]]], counts: list[int]) -> Iterator[Any]:
