@@ -1,4 +1,4 @@
-"""The road from ResNet to ConvNeXt as data: each `Design` is the one before with one field replaced.
+"""The road from ResNet to ConvNeXt as data: each `Design` is an earlier one with a field or two replaced.
 
 `STEPS` are the rows of the paper's Table 10 and, at the larger size, of Table 11. `build` makes the network.
 """
@@ -81,6 +81,8 @@ REGIMES = MappingProxyType(
     }
 )
 STEPS = REGIMES["resnet50"]
+# The step that each step is compared with: the one before it, except that GELU continues from kernel size 7.
+PREVIOUS = MappingProxyType(dict(zip(list(STEPS)[1:], STEPS)) | {"gelu": "kernel7"})
 
 
 class RoadNet(nn.Module):

@@ -19,30 +19,71 @@ def test_top1_is_mean_and_standard_deviation_over_seeds():
     assert [str(analysis.top1(answers)) for answers in (right, right[:1])] == ["50.0\xa0±\xa025.0", "75.0"]
 
 
-def test_a_difference_is_in_points_and_its_interval_has_the_width_of_theory():
+def runs(rng, seeds, accuracy=0.7, seed_std=0.011, images=5250):
+    """Return runs whose top-1 scatters by 1.1 points between seeds and by 0.63 points through the images."""
+    counts = rng.binomial(images, np.clip(rng.normal(accuracy, seed_std, seeds), 0, 1))
+    return np.arange(images) < counts[:, None]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_cover_the_truth_as_often_as_they_promise(seeds):
+    rng, alone, at_once = np.random.default_rng(seeds), [], []
+    for _ in range(300):
+        right = {step: runs(rng, seeds) for step in STEPS}  # no step changes anything
+        pooled = analysis.scatter(right)
+        single = [analysis.difference(right[a], right[b], pooled) for b, a in analysis.PREVIOUS.items()]
+        alone += [not interval.clear for interval in single]
+        at_once.append(not any(change.clear for change in analysis.changes(right).values()))
+    assert np.mean(alone) == pytest.approx(0.95, abs=0.012)
+    assert 0.93 < np.mean(at_once) < 0.99  # all 15 hold together
+
+
+def test_two_trials_without_others_get_wider_intervals_that_cover_too():
+    rng = np.random.default_rng(0)
+    covered = [not analysis.difference(runs(rng, 2), runs(rng, 2)).clear for _ in range(600)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
+
+
+def test_a_difference_is_in_points_and_uses_all_seeds():
     before, after = made(0.5, seeds=3, seed=1), made(0.6, seeds=4, seed=2)
+    interval = analysis.difference(before, after, analysis.Scatter(1.0, 30))
+    assert interval.value == pytest.approx(100 * (after.mean() - before.mean()))
+    assert interval.high - interval.value == pytest.approx(2.042 * (1 / 3 + 1 / 4) ** 0.5, abs=1e-3)
+    wider = analysis.difference(before, after, analysis.Scatter(1.0, 30), comparisons=15)
+    assert wider.high - wider.value == pytest.approx(3.189 * (1 / 3 + 1 / 4) ** 0.5, abs=1e-3)
+
+
+def test_scatter_is_pooled_over_trials_by_their_degrees_of_freedom():
+    one = np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)  # 25% and 75%: variance 1250
+    three = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]], bool)  # variance 625
+    std, freedom = analysis.scatter({"a": one, "b": three, "c": one[:1]})
+    assert freedom == 3 and std == pytest.approx(((1250 + 2 * 625) / 3) ** 0.5)
+    assert analysis.scatter({"c": one[:1]}) is None
+
+
+def test_two_single_runs_are_compared_over_images():
+    before, after = made(0.5, 1, 4000, seed=1), made(0.6, 1, 4000, seed=2)
     interval = analysis.difference(before, after)
-    assert interval.value == pytest.approx(100 * (after[:3].mean() - before.mean()))
-    assert interval.low < 10 < interval.high
-    # Images are drawn for all seeds at once: three seeds of independent answers have a third of the variance of one.
-    width = 2 * 1.96 * 100 * ((0.25 + 0.24) / (3 * 2000)) ** 0.5
-    assert width < interval.high - interval.low < 2 * width  # seeds are drawn, too
+    half = 1.96 * 100 * (0.49 / 4000) ** 0.5  # variances 0.25 and 0.24 of independent answers
+    assert interval.high - interval.value == pytest.approx(half, rel=0.03)
+    assert analysis.difference(before, before) == (0, 0, 0)
 
 
-def test_pairs_that_agree_leave_no_doubt_about_their_difference():
-    before = made(0.5)
-    after = before.copy()
-    assert analysis.difference(before, after) == (0, 0, 0)
-    same_answers = np.repeat(before[:1], 3, 0)
-    assert analysis.difference(same_answers, same_answers) == (0, 0, 0)
+def test_no_difference_takes_an_interval_within_one_point():
+    assert analysis.Interval(0.1, -0.8, 0.9).negligible and not analysis.Interval(0.1, -0.8, 1.1).negligible
+    assert not analysis.Interval(0.1, -0.8, 0.9).clear
+    assert analysis.Interval(2.0, 1.1, 2.9).clear and analysis.Interval(-2.0, -2.9, -1.1).clear
 
 
-def test_seeds_that_disagree_widen_the_interval():
-    steady, shaky = made(0.5, seed=3), made(0.5, seed=3)
-    shaky[0], shaky[1] = made(0.4, 1, seed=4), made(0.6, 1, seed=5)
-    base = made(0.5, seed=6)
-    widths = [interval.high - interval.low for interval in (analysis.difference(base, r) for r in (steady, shaky))]
-    assert widths[1] > 1.5 * widths[0]
+def test_sign_agreement_has_its_chance_probability():
+    changes = {step: analysis.Interval(analysis.published_change(step), 0, 0) for step in list(STEPS)[1:]}
+    assert analysis.sign_agreement(changes)[:2] == (14, 14)  # kernel 9 changes nothing in the paper
+    turned = {step: analysis.Interval(-changes[step].value, 0, 0) for step in ("fewer_norms", "layer_norm", "convnext")}
+    clear = {
+        step: changes[step] for step in ("depthwise", "width", "inverted", "move_up", "gelu", "fewer_acts", "kernel7")
+    }
+    agreement = analysis.sign_agreement(clear | turned | {"patchify": analysis.Interval(-1, 0, 0)})
+    assert agreement[:2] == (7, 11) and agreement.chance == pytest.approx(0.274, abs=1e-3)
 
 
 def test_rank_agreement_is_one_for_the_papers_order_and_minus_one_for_its_reverse():
@@ -52,11 +93,6 @@ def test_rank_agreement_is_one_for_the_papers_order_and_minus_one_for_its_revers
     assert agreement.value == pytest.approx(1, abs=0.01) and 0.8 < agreement.low < agreement.high <= 1
     reverse = {step: made(0.8 - 0.04 * i, images=4000, seed=i) for i, step in enumerate(order)}
     assert analysis.rank_agreement(reverse).value == pytest.approx(-1, abs=0.01)
-
-
-def test_each_step_is_compared_with_the_one_it_grew_from():
-    assert list(analysis.BEFORE) == list(STEPS)[1:]
-    assert analysis.BEFORE["gelu"] == "kernel7" and analysis.BEFORE["kernel9"] == "kernel7"
 
 
 def test_correct_predictions_come_in_the_order_of_seeds(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_changes_are_compared_with_their_base_and_sorted(ablation):
     assert good[:3] == ("good", "69.5\xa0±\xa00.7", "2") and good[3].startswith("+19.5 (") and good[4] == "1.50"
     assert bad[:3] == ("bad", "45.0", "1") and bad[3].startswith("-5.0 (") and bad[4] == "1.00"
     base, other = result_figures.ablation_table(["bad"], base="good").rows
-    assert base[0] == "good" and other[3].startswith("-25.0 (")  # of the seed that both have
+    assert base[0] == "good" and other[3].startswith("-24.5 (")  # 45 minus the mean of 70 and 69
 
 
 def test_every_seed_of_a_change_is_a_dot(ablation):
@@ -181,6 +181,8 @@ def test_bars_of_the_road_are_gains_over_resnet50(road):
     widths = [[bar.get_width() for bar in ax.patches] for ax in (left, here)]
     assert widths[0][-1] == pytest.approx(81.97 - 78.82) and widths[0][0] == 0
     assert widths[1] == pytest.approx([0.5 * i for i in range(16)])
+    dots = [line for line in here.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [pytest.approx([0.5 * i] * 2) for i in range(16)]
 
 
 def test_costs_of_the_road_are_those_of_the_small_networks(road):

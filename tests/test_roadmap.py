@@ -32,6 +32,11 @@ def test_macs_equal_the_papers(regime, slug):
     assert ((regime, slug) in EXCEPTIONS) == (expected != published)
 
 
+def test_each_step_is_compared_with_the_one_it_continues():
+    assert list(roadmap.PREVIOUS) == list(STEPS)[1:]
+    assert roadmap.PREVIOUS["gelu"] == "kernel7" and roadmap.PREVIOUS["kernel9"] == "kernel7"
+
+
 # Parameters of the authors' own code of the road, printed by running it (1000 classes).
 AUTHORS_PARAMETERS = {
     "resnet50": {

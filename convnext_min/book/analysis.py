@@ -1,29 +1,29 @@
-"""What the committed runs say: accuracies with their spread, paired differences, and agreement with the paper.
+"""Statistics of the recorded experiments: accuracies, differences with 95% intervals, and agreement with the paper.
 
-Everything is computed from the answers that each run gave to each validation image (predictions.npz of an experiment).
+All numbers follow from the predictions of each run for each validation image (predictions.npz of an experiment). An
+interval for a difference is about other runs of the same training, on the same images. Its standard error comes from
+the scatter between seeds, pooled over all trials of an experiment: two or three seeds alone do not give a useful one.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr, t
 
 from convnext_min import paper
 from convnext_min.book import results
-from convnext_min.roadmap import STEPS
+from convnext_min.roadmap import PREVIOUS, STEPS
 
-DRAWS = 2000  # of a bootstrap
-NBSP = "\N{NO-BREAK SPACE}"  # in a narrow table, numbers that belong together stay on one line
-# What each step of the road is compared with: the one before it, but after the kernel sizes it goes on from 7.
-BEFORE = dict(zip(list(STEPS)[1:], STEPS)) | {"gelu": "kernel7"}
+DRAWS = 2000  # of a simulated distribution
+MARGIN = 1.0  # points; a smaller difference counts as none
+NBSP = "\N{NO-BREAK SPACE}"  # keeps the parts of an interval on one line of a narrow table
 
-Right = np.ndarray  # bool (seeds, images): whether the run with that seed was right about that image
+Correct = np.ndarray  # bool (seeds, images): whether the run with that seed was right on that image
 
 
 class Interval(NamedTuple):
-    """An estimate, and the bounds between which 95% of a bootstrap's values lie."""
+    """An estimate and the bounds of its 95% interval."""
 
     value: float
     low: float
@@ -32,9 +32,19 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:+.1f} ({self.low:+.1f}{NBSP}to{NBSP}{self.high:+.1f})"
 
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def negligible(self) -> bool:
+        """Whether the whole interval lies within MARGIN of zero: only then a change "makes no difference"."""
+        return max(abs(self.low), abs(self.high)) < MARGIN
+
 
 class Accuracy(NamedTuple):
-    """Top-1 in percent: mean over seeds, and their standard deviation, nan for one seed."""
+    """Top-1 in percent: mean over seeds and their standard deviation, nan for one seed."""
 
     mean: float
     std: float
@@ -43,64 +53,108 @@ class Accuracy(NamedTuple):
         return f"{self.mean:.1f}" + ("" if np.isnan(self.std) else f"{NBSP}±{NBSP}{self.std:.1f}")
 
 
-def correct(experiment: str) -> dict[str, Right]:
-    """For each trial of an experiment, in the order of its runs, where its runs were right, the seeds in order."""
-    answers = results.arrays(f"{experiment}/predictions.npz")
-    labels = answers.pop("labels")
+class Scatter(NamedTuple):
+    """Standard deviation of top-1 between seeds, in points, and its degrees of freedom."""
+
+    std: float
+    freedom: int
+
+
+class Agreement(NamedTuple):
+    """How many of `total` signs agree, and the probability that at least so many would agree by chance."""
+
+    agreeing: int
+    total: int
+    chance: float
+
+
+def correct(experiment: str) -> dict[str, Correct]:
+    """Return the correctness of each trial's predictions, trials in the order of their runs, seeds ascending."""
+    predictions = results.arrays(f"{experiment}/predictions.npz")
+    labels = predictions.pop("labels")
     runs = [(row["trial"], int(row["seed"])) for row in results.rows(f"{experiment}/runs.csv")]
     return {
-        trial: np.stack([answers[f"{trial}/{seed}"] == labels for name, seed in sorted(runs) if name == trial])
+        trial: np.stack([predictions[f"{trial}/{seed}"] == labels for name, seed in sorted(runs) if name == trial])
         for trial in dict(runs)
     }
 
 
-def top1(right: Right) -> Accuracy:
-    """How often runs were right, with the scatter of the seeds."""
-    by_seed = 100 * right.mean(1)
-    return Accuracy(by_seed.mean(), by_seed.std(ddof=1) if len(by_seed) > 1 else float("nan"))
+def by_seed(right: Correct) -> np.ndarray:
+    """Return the top-1 of each run in percent, (seeds,)."""
+    return 100 * right.mean(1)
 
 
-def difference(before: Right, after: Right) -> Interval:
-    """Top-1 of `after` minus that of `before`, in points: runs of the same seed saw the same batches, so they pair.
+def top1(right: Correct) -> Accuracy:
+    """Return the mean top-1 and the standard deviation between seeds."""
+    values = by_seed(right)
+    return Accuracy(values.mean(), values.std(ddof=1) if len(values) > 1 else float("nan"))
 
-    The bootstrap draws seeds and images with replacement, so that the interval holds the chance of training as far as
-    so few seeds can show it, and the chance of having been asked about these images.
+
+def scatter(right: Mapping[str, Correct]) -> Scatter | None:
+    """Return the scatter between seeds, pooled over trials, or None if every trial has one seed."""
+    runs = [by_seed(of_trial) for of_trial in right.values()]
+    freedom = sum(len(values) - 1 for values in runs)
+    squares = sum(((values - values.mean()) ** 2).sum() for values in runs)
+    return Scatter(float(squares / freedom) ** 0.5, freedom) if freedom else None
+
+
+def difference(before: Correct, after: Correct, pooled: Scatter | None = None, comparisons: int = 1) -> Interval:
+    """Return top-1 of `after` minus top-1 of `before`, in points, with a t interval for the difference of two means.
+
+    `pooled` is the scatter of the experiment; without it, the scatter of these two trials. Seeds are not paired: runs
+    of one seed differ as much as runs of different seeds. With `comparisons`, all that many intervals hold at once
+    with a probability of 95% or more (Bonferroni). Two single runs without `pooled` get an interval for other images
+    in place of other runs.
     """
-    seeds = min(len(before), len(after))
-    gaps = after[:seeds].astype(np.float32) - before[:seeds]
-    return Interval(100 * gaps.mean(), *_bounds(_resampled(gaps).mean(1) * 100))
+    gap = by_seed(after).mean() - by_seed(before).mean()
+    pooled = pooled or scatter({"before": before, "after": after})
+    if pooled is None:
+        return _over_images(before[0], after[0])
+    error = pooled.std * (1 / len(before) + 1 / len(after)) ** 0.5
+    half = t.ppf(1 - 0.025 / comparisons, pooled.freedom) * error
+    return Interval(gap, gap - half, gap + half)
 
 
-def rank_agreement(right: Mapping[str, Right]) -> Interval:
-    """Spearman's rank correlation, over the steps of the road, between our top-1 and the paper's (Table 10).
+def _over_images(before: np.ndarray, after: np.ndarray) -> Interval:
+    """Return the difference between two trained networks, with an interval for other images of the same kind."""
+    gaps = 100 * (after.astype(float) - before)  # (images,)
+    half = 1.96 * gaps.std() / len(gaps) ** 0.5
+    return Interval(gaps.mean(), gaps.mean() - half, gaps.mean() + half)
 
-    The bootstrap draws our seeds and images again, the same for all steps, and the paper's means with the standard
-    error that its standard deviations over three seeds give.
+
+def changes(right: Mapping[str, Correct]) -> dict[str, Interval]:
+    """Return the change that each step of the road brought, with 95% intervals that hold for all steps at once."""
+    steps = {step: before for step, before in PREVIOUS.items() if step in right and before in right}
+    pooled = scatter(right)
+    return {step: difference(right[before], right[step], pooled, len(steps)) for step, before in steps.items()}
+
+
+def published_change(step: str) -> float:
+    """Return the change that a step brought in the paper's Table 10, in points."""
+    return paper.TABLE10[step].top1 - paper.TABLE10[PREVIOUS[step]].top1
+
+
+def sign_agreement(ours: Mapping[str, Interval]) -> Agreement:
+    """Return how many of our changes, by step of the road, have the sign of the paper's, where the paper's is not 0."""
+    signs = [change.value * published_change(step) > 0 for step, change in ours.items() if published_change(step)]
+    chance = binomtest(sum(signs), len(signs), alternative="greater").pvalue
+    return Agreement(sum(signs), len(signs), float(chance))
+
+
+def rank_agreement(right: Mapping[str, Correct]) -> Interval:
+    """Return Spearman's rank correlation between our top-1 and the paper's (Table 10), over the steps of the road.
+
+    The interval is that of simulated means: ours with the pooled scatter between seeds, the paper's with its standard
+    deviations, each over the root of the number of seeds.
     """
     steps = [step for step in STEPS if step in right]
+    ours = np.array([by_seed(right[step]).mean() for step in steps])
     published = np.array([paper.TABLE10[step].top1 for step in steps])
-    errors = np.array([paper.TABLE10[step].std for step in steps]) / 3**0.5
-    ours = np.stack([right[step].mean() for step in steps])
-    drawn = np.stack([_resampled(right[step].astype(np.float32)).mean(1) for step in steps], 1)  # (DRAWS, steps)
-    noise = np.random.default_rng(1).normal(size=drawn.shape) * errors
-    values = [spearmanr(a, b).statistic for a, b in zip(drawn, published + noise)]
-    return Interval(spearmanr(ours, published).statistic, *_bounds(values))
-
-
-def _resampled(values: np.ndarray) -> np.ndarray:
-    """(seeds, images) to (DRAWS, seeds): seeds drawn with replacement, each a mean over images drawn so, too."""
-    seeds, images = values.shape
-    counts, drawn = _draws(seeds, images)
-    return np.take_along_axis(counts @ values.T / images, drawn, 1)
-
-
-@lru_cache(2)
-def _draws(seeds: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each image is drawn (DRAWS, images), and which seeds (DRAWS, seeds): the same for all comparisons."""
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(images, np.full(images, 1 / images), size=DRAWS).astype(np.float32)
-    return counts, rng.integers(seeds, size=(DRAWS, seeds))
-
-
-def _bounds(values) -> tuple[float, float]:
-    return tuple(np.percentile(values, (2.5, 97.5)))
+    pooled = scatter(right)
+    errors = np.array([(pooled.std if pooled else 0.0) / len(right[step]) ** 0.5 for step in steps])
+    published_errors = np.array([paper.TABLE10[step].std for step in steps]) / 3**0.5
+    noise = np.random.default_rng(0).normal(size=(2, DRAWS, len(steps)))
+    values = [
+        spearmanr(a, b).statistic for a, b in zip(ours + noise[0] * errors, published + noise[1] * published_errors)
+    ]
+    return Interval(spearmanr(ours, published).statistic, *map(float, np.percentile(values, (2.5, 97.5))))

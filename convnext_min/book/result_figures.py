@@ -10,34 +10,37 @@ from matplotlib.figure import Figure
 
 from convnext_min import paper
 from convnext_min.book import analysis, results
-from convnext_min.book.analysis import BEFORE
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.measure import count_macs
 from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import STEPS, build
+from convnext_min.roadmap import PREVIOUS, STEPS, build
 
+ROAD = "convnext_init/road"  # the experiment that the pages show
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
 NETWORKS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)}
 
 
 def road_results(*slugs: str) -> Table:
-    """Our small runs of road steps: top-1 with its spread, and the change that each brought, ours and the paper's."""
-    right = analysis.correct("convnext_init/road")
+    """Return our top-1 at steps of the road with its spread, and the change that each brought, ours and the paper's.
+
+    The intervals hold for all steps of the road at once.
+    """
+    right = analysis.correct(ROAD)
+    changes = analysis.changes(right)
     rows = []
     for slug in slugs or STEPS:
-        ours, published = "", ""
-        if slug in BEFORE:
-            before = BEFORE[slug]
-            ours = analysis.difference(right[before], right[slug])
-            published = f"{paper.TABLE10[slug].top1 - paper.TABLE10[before].top1:+.2f}"
-        rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), ours, published))
+        published = f"{analysis.published_change(slug):+.2f}" if slug in PREVIOUS else ""
+        rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), changes.get(slug, ""), published))
     seeds = " or ".join(str(count) for count in sorted({len(right[slug]) for slug in slugs or STEPS}))
-    return table(("step", f"top-1 (%), {seeds} seeds", "change (95%)", "paper"), rows)
+    return table(("step", f"top-1 (%), {seeds} seeds", "change (95%, all steps)", "paper"), rows)
 
 
 def road_gains() -> Figure:
-    """The road as the paper draws it: bars for what each step is above ResNet-50, the paper's and ours."""
-    right = analysis.correct("convnext_init/road")
+    """Draw the gain of each step over ResNet-50 as bars, the paper's and ours; each of our runs is a dot.
+
+    Our 95% intervals hold for all steps at once.
+    """
+    right = analysis.correct(ROAD)
     steps = [slug for slug in STEPS if slug in right]
     fig, (left, here) = figure(5.6, 2, sharey=True)
     y = np.arange(len(steps))
@@ -45,10 +48,13 @@ def road_gains() -> Figure:
     gains = [row.top1 - published[0].top1 for row in published]
     left.barh(y, gains, xerr=[row.std for row in published], height=0.6, color=ORANGE, ecolor=INK)
     left.set_title("paper, ImageNet")
-    ours = [analysis.difference(right[steps[0]], right[slug]) for slug in steps]
-    value = np.array([interval.value for interval in ours])
-    errors = np.array([[i.value - i.low for i in ours], [i.high - i.value for i in ours]])
-    here.barh(y, value, xerr=errors, height=0.6, color=BLUE, ecolor=INK)
+    first, pooled = right[steps[0]], analysis.scatter(right)
+    ours = [analysis.difference(first, right[slug], pooled, len(steps) - 1) for slug in steps]
+    errors = [(i.high - i.low) / 2 if slug != steps[0] else 0 for i, slug in zip(ours, steps)]
+    here.barh(y, [i.value for i in ours], xerr=errors, height=0.6, color=BLUE, alpha=0.5, ecolor=INK)
+    for row, slug in zip(y, steps):
+        dots = analysis.by_seed(right[slug]) - analysis.by_seed(first).mean()
+        here.plot(dots, np.full(len(dots), row), "o", color=INK, markersize=2.5)
     here.set_title("small runs, Imagenette")
     left.set_yticks(y, [row.label for row in published])
     left.set_ylim(len(steps) - 0.4, -0.6)
@@ -64,10 +70,10 @@ def road_gains() -> Figure:
 
 def road_costs() -> Figure:
     """Top-1 of the small runs against MACs, parameters and measured time, a point a step and a line along the road."""
-    right = analysis.correct("convnext_init/road")
+    right = analysis.correct(ROAD)
     steps = [slug for slug in STEPS if slug in right]
     recipe = RECIPES["road"]
-    rows = results.rows("convnext_init/road/runs.csv")
+    rows = results.rows(f"{ROAD}/runs.csv")
     costs = {"MACs (millions)": [], "parameters (millions)": [], "time (core-minutes)": []}
     for slug in steps:
         with torch.device("meta"):
@@ -158,19 +164,24 @@ def curves(experiment: str) -> dict[tuple[str, int], list[Row]]:
     return logs
 
 
+def _gains(right: Mapping[str, analysis.Correct], base: str, trials: Sequence[str]) -> dict[str, analysis.Interval]:
+    """Return the gain of each trial over `base`, with 95% intervals that hold for all of them at once."""
+    pooled = analysis.scatter(right)
+    return {trial: analysis.difference(right[base], right[trial], pooled, len(trials)) for trial in trials}
+
+
 def ablation_gains(trials: Sequence[str], base: str = "plain") -> Figure:
     """Draw the gain of each trial of small_data_ablation over `base`, sorted: mean, 95% interval, a dot per seed."""
     right = analysis.correct("small_data_ablation")
-    gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
+    gains = _gains(right, base, trials)
     order = sorted(trials, key=lambda trial: -gains[trial].value)
     fig, ax = figure(0.8 + 0.27 * len(order))
     for y, trial in enumerate(order):
         value, low, high = gains[trial]
-        seeds = min(len(right[base]), len(right[trial]))
-        by_seed = 100 * (right[trial][:seeds].mean(1) - right[base][:seeds].mean(1))
+        by_seed = analysis.by_seed(right[trial]) - analysis.by_seed(right[base]).mean()
         ax.plot([low, high], [y, y], color=BLUE, alpha=0.3, linewidth=6, solid_capstyle="butt")
         ax.plot(value, y, "|", color=INK, markersize=12, markeredgewidth=1.5)
-        ax.plot(by_seed, np.full(seeds, y), "o", color=BLUE, markersize=5)
+        ax.plot(by_seed, np.full(len(by_seed), y), "o", color=BLUE, markersize=5)
     ax.axvline(0, color=GREY, linewidth=0.8)
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(len(order) - 0.4, -0.6)
@@ -201,7 +212,7 @@ def ablation_table(trials: Sequence[str], base: str = "plain", experiment: str =
     """
     right = analysis.correct(experiment)
     time = _relative_times(results.rows(f"{experiment}/runs.csv"), base)
-    gains = {trial: analysis.difference(right[base], right[trial]) for trial in trials}
+    gains = _gains(right, base, trials)
     rows = []
     for trial in [base, *sorted(trials, key=lambda trial: -gains[trial].value)]:
         gain = "" if trial == base else gains[trial]
