@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates, parameters, memory for the backward pass, images a second.
+"""Measure the cost of a network: multiply-accumulates, parameters, activation memory, throughput.
 
 `python -m convnext_min.measure --road` prints the whole road beside the paper's Tables 10 and 11.
 """
@@ -21,10 +21,10 @@ from convnext_min.roadmap import REGIMES, build
 
 
 def count_macs(model: nn.Module, resolution: int = 224, in_chans: int = 3) -> int:
-    """Multiply-accumulates for one image of resolution x resolution pixels, in convolutions and matrix products.
+    """Return the multiply-accumulates of convolutions and matrix products for one image of resolution x resolution.
 
-    This is what the paper calls FLOPs. Norms, activations and pooling are not counted. Nothing is computed: the
-    shapes are propagated on PyTorch's meta device and PyTorch's own counter (2 FLOPs a MAC) looks on.
+    The paper calls them FLOPs. Norms, activations and pooling are not counted. Nothing is computed: PyTorch's counter
+    (2 FLOPs per MAC) follows the shapes on the meta device.
     """
     state = {name: value.to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
     image = torch.empty(1, in_chans, resolution, resolution, device="meta")
@@ -36,12 +36,12 @@ def count_macs(model: nn.Module, resolution: int = 224, in_chans: int = 3) -> in
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of learned values (running statistics are not counted)."""
+    """Return the number of learned values; running statistics are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def saved_bytes(model: nn.Module, resolution: int = 224, batch_size: int = 1) -> int:
-    """Bytes of activations that autograd keeps from the forward for the backward pass, parameters excluded."""
+    """Return the bytes of activations that autograd keeps for the backward pass, parameters excluded."""
     own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -59,7 +59,7 @@ def saved_bytes(model: nn.Module, resolution: int = 224, batch_size: int = 1) ->
 
 
 class LayerCost(NamedTuple):
-    """One layer's share of a forward pass: its name in the model, MACs for one image, seconds for the batch."""
+    """The cost of one layer in a forward pass: its name in the model, MACs per image, seconds per batch."""
 
     name: str
     layer: nn.Module
@@ -70,11 +70,10 @@ class LayerCost(NamedTuple):
 def layer_costs(
     model: nn.Module, resolution: int = 224, batch_size: int = 8, in_chans: int = 3, repeats: int = 3
 ) -> list[LayerCost]:
-    """MACs and seconds of every layer that holds no others, in evaluation mode on a CPU, in the model's order.
+    """Return MACs and seconds of every layer without sublayers, in the model's order, in evaluation mode on a CPU.
 
-    The seconds are those of the fastest of `repeats` passes after one that warms up; whatever a forward pass does
-    between its layers, such as the addition of a shortcut, is in none of them. On the meta device only the MACs mean
-    anything.
+    The seconds are the fastest of `repeats` passes after a warm-up pass. Operations between layers, such as the
+    addition of a shortcut, are not included. On the meta device only the MACs are meaningful.
     """
     layers = {layer: name for name, layer in model.named_modules() if not list(layer.children())}
     macs, passes, started = Counter(), [], {}
@@ -109,7 +108,7 @@ def layer_costs(
 
 
 class Throughput(NamedTuple):
-    """Images a second over several timings: median, slowest and fastest."""
+    """Images per second over several timings: median, slowest and fastest."""
 
     median: float
     low: float
@@ -122,9 +121,9 @@ class Throughput(NamedTuple):
 def throughput(
     model: nn.Module, resolution: int = 224, batch_size: int = 8, training: bool = False, repeats: int = 5
 ) -> Throughput:
-    """Images a second of the forward pass, or of forward and backward when `training`, on the model's device.
+    """Return images per second of the forward pass, with `training` of forward and backward, on the model's device.
 
-    One pass warms up, then `repeats` are timed one by one.
+    After a warm-up pass, `repeats` passes are timed separately.
     """
     device = next(model.parameters()).device
     images = torch.randn(batch_size, 3, resolution, resolution, device=device)
@@ -153,7 +152,7 @@ def throughput(
 
 @functools.cache
 def road_table(regime: str = "resnet50") -> list[dict]:
-    """One row a step: slug, label, measured and published GMACs and their difference, parameters, published top-1."""
+    """Return a row per step: slug, label, our GMACs, the paper's, their difference, parameters, the paper's top-1."""
     rows = []
     for slug, published in paper.ROADS[regime].items():
         with torch.device("meta"):
@@ -187,7 +186,9 @@ def print_road(regime: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.measure", description=__doc__)
-    parser.add_argument("--road", action="store_true", required=True, help="print the cost of each step of both roads")
+    parser.add_argument(
+        "--road", action="store_true", required=True, help="print the cost of each step in both regimes"
+    )
     parser.parse_args(argv)
     for regime in REGIMES:
         print_road(regime)
