@@ -15,9 +15,8 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,20 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from convnext_min.environment import environment
+from convnext_min.environment import atomic_write, environment, write_json
 from convnext_min.experiments.trials import EXPERIMENTS, Trial
 
 RUNS, SUMMARY, CURVES, PREDICTIONS, CARD = "runs.csv", "summary.csv", "curves.csv", "predictions.npz", "card.json"
 
 Row = dict[str, Any]
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` when the block ends without an error."""
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    partial.replace(path)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -53,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as CSV; the columns are those of all rows, and a missing value is empty."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    with atomic_path(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_write(path, newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -111,10 +102,9 @@ class Results:
         write_rows(self.rows, self.folder / RUNS)
         write_rows(self.curves, self.folder / CURVES)
         write_rows(summarize(self.rows), self.folder / SUMMARY)
-        with atomic_path(self.folder / PREDICTIONS) as partial, open(partial, "wb") as file:
+        with atomic_write(self.folder / PREDICTIONS, "wb") as file:
             np.savez_compressed(file, **self.predictions)
-        with atomic_path(self.folder / CARD) as partial:
-            partial.write_text(json.dumps(card(name, self.rows, commands), indent=2) + "\n")
+        write_json(card(name, self.rows, commands), self.folder / CARD)
 
     def commands(self) -> list[list[str]]:
         """Return the commands that made the rows so far, followed by this process's command if it is a new one."""
