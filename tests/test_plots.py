@@ -1,5 +1,6 @@
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from torch import nn
 
 from convnext_min import paper
@@ -53,3 +54,11 @@ def test_tables_escape_html_align_text_and_refuse_ragged_rows():
     assert str(shown).splitlines() == ["step   GMACs", "a < b    4.1", "c         12"]
     with pytest.raises(ValueError, match="a row needs 2 cells"):
         style.table(("step", "GMACs"), [("a",)])
+
+
+def test_a_cube_colours_the_visible_cells_that_are_asked_for():
+    ax = style.figure()[1]
+    figures.draw_cube(ax, "BatchNorm", lambda image, channel, pixel: channel == 2)
+    blue = [patch for patch in ax.patches if patch.get_facecolor() == to_rgba(style.BLUE)]
+    assert len(blue) == 6 + 4  # the pixels in front and the images on top
+    assert len(ax.patches) == 5 * 6 + 5 * 4 + 6 * 4

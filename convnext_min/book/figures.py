@@ -1,17 +1,19 @@
 """Figures and tables that compare steps of the road: the paper's numbers, costs, speed, curves and images."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 from torch import Tensor, nn
 
 from convnext_min import paper
-from convnext_min.book.style import BLUE, INK, ORANGE, Table, figure, table, use_style
+from convnext_min.book.style import BLUE, GREY, INK, ORANGE, Table, figure, table, use_style
 from convnext_min.measure import Throughput, count_macs, count_parameters, road_table, throughput
 from convnext_min.roadmap import build
 from convnext_min.train.log import training_curve
@@ -110,3 +112,30 @@ def speed_table(models: Mapping[str, nn.Module], resolution: int = 224, batch_si
         cells = [Throughput(median(s), min(s), max(s)) for s in (speeds[name, False], speeds[name, True])]
         rows.append((name, f"{count_macs(model, resolution) / 1e9:.2f}", *map(str, cells)))
     return table(("model", "GMACs", "forward", "forward + backward"), rows)
+
+
+def draw_cube(ax: Axes, title: str, coloured: Callable[[int, int, int], bool]) -> None:
+    """Draw a batch of features as a block: channels to the right, pixels upwards, images into the page.
+
+    `coloured(image, channel, pixel)` tells which of the 4 images × 5 channels × 6 pixels are blue.
+    """
+    n, c, hw = 4, 5, 6
+    right, up, back = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.35]])
+
+    def cell(corner: Tensor, side: Tensor, other: Tensor, on: bool) -> None:
+        corners = torch.stack([corner, corner + side, corner + side + other, corner + other])
+        ax.add_patch(Polygon(corners, facecolor=BLUE if on else "white", edgecolor=GREY, linewidth=0.7))
+
+    for channel in range(c):
+        for pixel in range(hw):
+            cell(channel * right + pixel * up, right, up, coloured(0, channel, pixel))
+        for image in range(n):
+            cell(channel * right + hw * up + image * back, right, back, coloured(image, channel, hw - 1))
+    for pixel in range(hw):
+        for image in range(n):
+            cell(c * right + pixel * up + image * back, up, back, coloured(image, c - 1, pixel))
+    ax.text(c / 2, -0.25, "C", ha="center", va="top")
+    ax.text(-0.25, hw / 2, "H·W", ha="right", va="center", rotation=90)
+    ax.text(c + 1.4, 0.2, "N", ha="left", va="top")
+    ax.set(title=title, aspect="equal", xlim=(-1.2, c + n * 0.5 + 0.2), ylim=(-1.2, hw + n * 0.35 + 0.2))
+    ax.axis("off")
