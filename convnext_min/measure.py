@@ -40,7 +40,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def saved_bytes(model: nn.Module, resolution: int = 224, batch_size: int = 1) -> int:
+def activation_memory(model: nn.Module, resolution: int = 224, batch_size: int = 1) -> int:
     """Return the bytes of activations that autograd keeps for the backward pass, parameters excluded."""
     own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     kept = {}

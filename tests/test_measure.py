@@ -37,10 +37,10 @@ def test_counting_leaves_the_model_alone():
     assert model.training and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_saved_bytes_by_hand():
+def test_activation_memory_by_hand():
     # autograd keeps a ReLU's output and a linear layer's input: here both 4 x 10 floats, and the image's 4 x 12.
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 1))
-    assert measure.saved_bytes(model, resolution=2, batch_size=4) == 4 * (4 * 12 + 4 * 10)
+    assert measure.activation_memory(model, resolution=2, batch_size=4) == 4 * (4 * 12 + 4 * 10)
 
 
 def test_layer_costs_split_what_the_counter_counts():
