@@ -16,7 +16,7 @@ from torch import nn
 from convnext_min import fast
 from convnext_min.blocks import ConvNeXtBlock
 from convnext_min.convnext import Block, convnext_atto
-from convnext_min.fast import kernels
+from convnext_min.fast import cache, kernels
 from convnext_min.roadmap import build
 
 
@@ -142,7 +142,8 @@ def test_in_bfloat16_the_error_is_no_larger_than_the_plain_models():
 
 
 @pytest.fixture
-def compile_again():
+def compile_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kernels.kernels.cache_clear()
     yield
     kernels.kernels.cache_clear()
@@ -192,6 +193,95 @@ def test_a_compiler_without_openmp_or_native_code_builds_kernels_too(
     right = gradients(block, x)
     assert_same(gradients(fast.accelerate(block), x), right)
     assert kernels.kernels(torch.float32) is not None and not recwarn.list
+
+
+@pytest.fixture
+def cached(compile_again):
+    if cache.private_folder() is None:
+        pytest.skip("others can write to the temporary folder")
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch, cached):
+    """Set CXX to a quick compiler that adds a character to the file returned whenever it runs."""
+    count = tmp_path / "count"
+    count.write_text("")
+    monkeypatch.setenv("CXX", script(tmp_path / "quick", f'printf x >> {count}\nexec c++ "$@" -O0'))
+    return count
+
+
+def load_again():
+    kernels.kernels.cache_clear()
+    assert kernels.kernels(torch.float32) is not None
+
+
+def test_kernels_are_compiled_once_for_a_compiler_and_a_machine(counted, monkeypatch):
+    load_again()
+    load_again()
+    assert counted.read_text() == "x"
+    folder = cache.private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700 and len(list(folder.iterdir())) == 1
+    monkeypatch.setattr(cache, "machine", lambda: "another processor")
+    load_again()
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DANOTHER")
+    load_again()
+    assert counted.read_text() == "xxx"
+
+
+def test_a_damaged_library_is_not_loaded(counted):
+    load_again()
+    (library,) = cache.private_folder().iterdir()
+    library.write_bytes(library.read_bytes()[:-1] + b"?")
+    load_again()
+    assert counted.read_text() == "xx"
+
+
+@pytest.mark.parametrize("change", ["writable", "writable parent", "link to a shared folder"])
+def test_nothing_is_loaded_from_a_folder_that_others_can_write(change, counted, tmp_path):
+    load_again()
+    folder = cache.private_folder()
+    if change == "writable":
+        folder.chmod(0o770)
+    elif change == "writable parent":
+        folder.parent.chmod(0o777)
+    else:
+        folder.rename(tmp_path / "shared")
+        (tmp_path / "shared").chmod(0o777)
+        folder.symlink_to(tmp_path / "shared")
+    assert cache.private_folder() is None
+    load_again()
+    assert counted.read_text() == "xx"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give folders away")
+def test_nothing_is_loaded_from_a_folder_of_somebody_else(counted):
+    load_again()
+    os.chown(cache.private_folder(), 54321, -1)
+    load_again()
+    assert counted.read_text() == "xx"
+
+
+def test_without_a_home_kernels_are_compiled_each_time(counted, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", lambda: _raise(RuntimeError("Could not determine home directory.")))
+    load_again()
+    load_again()
+    assert counted.read_text() == "xx"
+
+
+def test_a_full_disk_keeps_nothing_and_computes(counted, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "copy", lambda *args: _raise(OSError("No space left on device")))
+    load_again()
+    assert not list(cache.private_folder().iterdir())
+
+
+def test_the_cache_is_bounded(cached, tmp_path):
+    for number in range(cache.KEPT + 3):
+        library = tmp_path / "library"
+        library.write_bytes(bytes([number]))
+        cache.keep(library, f"{number:016}")
+    assert len(list(cache.private_folder().iterdir())) == cache.KEPT
+    assert cache.find(f"{cache.KEPT + 2:016}").read_bytes() == bytes([cache.KEPT + 2])
 
 
 def _raise(error):
@@ -327,9 +417,10 @@ def test_averages_of_the_weights_go_on_working():
     assert average(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
-def test_processes_that_start_together_do_not_disturb_each_other():
+def test_processes_that_start_together_do_not_disturb_each_other(tmp_path):
     code = "import torch; from convnext_min.fast import kernels; assert kernels.kernels(torch.float32)"
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait() for process in started] == [0, 0]
 
 

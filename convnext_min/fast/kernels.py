@@ -13,13 +13,17 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from convnext_min.fast import cache
+
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # types of the matrix products: their names in kernels.cpp
+SOURCE = Path(__file__).with_name("kernels.cpp")
 PARTS = 32  # partial sums over rows: see kernels.cpp
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 # Tried in this order. Apple's clang has no OpenMP, and older ones no -march=native; the loops then run in one thread.
@@ -33,36 +37,58 @@ TARGETS = (
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Return the functions of kernels.cpp for matrix products in `dtype`, compiled in a second or two by CXX or "c++".
+    """Return the functions of kernels.cpp for matrix products in `dtype`, compiled by CXX or "c++", or from the cache.
 
-    Without a C++ compiler or a temporary folder warn once and return None. Each process compiles for itself, so that
-    neither processes nor machines that share a home disturb each other.
+    Compiling takes a second or two, once per version, compiler and machine where `cache` can keep the library. Without
+    a C++ compiler or a temporary folder warn once and return None.
     """
     try:
-        # Windows cannot delete a library that is loaded.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return _compile(dtype, Path(folder, "kernels.so"))
+        key = _key(dtype)
+        return _load(cache.find(key)) or _build(dtype, key)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"training will be slower: kernels.cpp was not compiled ({reason})", stacklevel=2)
         return None
 
 
-def _compile(dtype: torch.dtype, library: Path) -> ctypes.CDLL:
-    """Compile kernels.cpp to `library` with the first of `TARGETS` that this compiler takes, and load it.
+def _key(dtype: torch.dtype) -> str:
+    """Return the name in the cache of what this compiler makes of kernels.cpp here."""
+    command = [*compiler(), *FLAGS, *chain(*TARGETS), TYPES[dtype]]
+    program = shutil.which(command[0])
+    if program is None:
+        raise FileNotFoundError(f"there is no compiler {command[0]!r}; set CXX to one")
+    state = os.stat(program)
+    return cache.key(SOURCE.read_bytes(), *command, program, f"{state.st_size} {state.st_mtime_ns}")
 
-    Raise OSError, ValueError or CalledProcessError, of the first target, if none works.
+
+def _load(library: Path | None) -> ctypes.CDLL | None:
+    """Return the library's functions, None without a library or if it cannot be loaded."""
+    try:
+        return library and ctypes.CDLL(str(library))
+    except OSError:
+        return None
+
+
+def _build(dtype: torch.dtype, key: str) -> ctypes.CDLL:
+    """Compile kernels.cpp with the first of `TARGETS` that this compiler takes, load it and keep it in the cache.
+
+    Raise OSError or CalledProcessError, of the first target, if none works.
     """
-    source, errors = Path(__file__).with_name("kernels.cpp"), []
-    for target in TARGETS:
-        command = [*compiler(), *FLAGS, *target, f"-DT={TYPES[dtype]}", str(source), "-o", str(library)]
-        try:
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
-            )
-            return ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError) as error:
-            errors.append(error)
+    errors = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows cannot delete loaded libraries
+        library = Path(folder, "kernels.so")
+        for target in TARGETS:
+            command = [*compiler(), *FLAGS, *target, f"-DT={TYPES[dtype]}", str(SOURCE), "-o", str(library)]
+            try:
+                subprocess.run(
+                    command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+                )
+                loaded = ctypes.CDLL(str(library))
+            except (OSError, subprocess.CalledProcessError) as error:
+                errors.append(error)
+            else:
+                cache.keep(library, key)
+                return loaded
     raise errors[0]
 
 
