@@ -109,3 +109,18 @@ def test_a_network_without_a_name_cannot_be_rebuilt(tmp_path):
     train(model, replace(RECIPE, epochs=1, batch_size=10), images, images, tmp_path)
     with pytest.raises(ValueError, match=r"the network in .*checkpoint.pt cannot be created: .*'ConvNeXt'"):
         predict.load_model(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("loader", ["memory", "disk"])
+def test_a_photograph_is_turned_upright_unless_the_recipe_says_otherwise(trained, tmp_path, loader):
+    checkpoint, files, _ = trained
+    model = predict.load_model(checkpoint)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    Image.open(files[0]).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for on in (True, False):
+        recipe = replace(RECIPE, loader=loader, exif_orientation=on)
+        upright, turned = (
+            predict.predict_file(model, Path(path), recipe) for path in (files[0], tmp_path / "turned.png")
+        )
+        assert upright.equal(turned) == on

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from helpers import command, folder_of_images, options
 
+from convnext_min import recipes
 from convnext_min.train import loop
-from convnext_min.train.__main__ import main
+from convnext_min.train.__main__ import main, read_arguments, read_images
 from convnext_min.train.checkpoint import load_checkpoint
 
 
@@ -125,3 +126,15 @@ def test_a_run_begins_with_its_plan_and_warns_of_a_rate_far_above_the_recipes(tm
     out = capsys.readouterr().out
     assert "effective batch size 8 = 1 process × 4 images × 2 gradient accumulation steps" in out
     assert "warning: the learning rate 0.016 is 64 times that of the rule, 0.00025 for 8 images" in out
+
+
+@pytest.mark.parametrize(("how", "sizes"), [("memory", (17, 3)), ("disk", (18, 2))])
+def test_training_with_held_out_images_needs_no_val_folder(image_root, tmp_path, how, sizes):
+    (tmp_path / "train").symlink_to(image_root / "train")
+    arguments = ["--recipe", "imagenette", "--model", "convnext_atto", "--data", str(tmp_path), "--workers", "0"]
+    settings = [f"loader={how}", "batch_size=4", "image_size=32"]
+    recipe = recipes.get("imagenette", settings)
+    held_out = read_images(read_arguments([*arguments, "--holdout", "--set", *settings]), recipe)
+    assert tuple(part.images if how == "disk" else len(part) for part in held_out) == sizes
+    with pytest.raises(FileNotFoundError, match="val"):
+        read_images(read_arguments([*arguments, "--set", *settings]), recipe)
