@@ -54,7 +54,7 @@ def road_gains() -> Figure:
     here.barh(y, [i.value for i in ours], xerr=errors, height=0.6, color=BLUE, alpha=0.5, ecolor=INK)
     for row, slug in zip(y, steps):
         dots = analysis.by_seed(right[slug]) - analysis.by_seed(first).mean()
-        here.plot(dots, np.full(len(dots), row), "o", color=INK, markersize=2.5)
+        here.plot(dots, np.full(len(dots), row), "o", color="white", mec=INK, markersize=3.5, zorder=3)
     here.set_title("small runs, Imagenette")
     left.set_yticks(y, [row.label for row in published])
     left.set_ylim(len(steps) - 0.4, -0.6)
