@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 from convnext_min import blocks, convnext
 from convnext_min.fast.kernels import PARTS, is_eager, is_ordinary, kernels, matmul_dtype, run
@@ -122,7 +122,7 @@ class _Fast:
 
     def _can_fuse(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the block has the layers and shapes that kernels.cpp assumes, without hooks on them."""
-        if not (is_eager() and is_original() and not _has_any_global_hook()):
+        if not (is_eager() and is_original() and not has_global_hooks()):
             return False
         if not all(map(is_untouched, self._layers(), self.kinds)) or self.act.approximate != "none":
             return False
@@ -174,6 +174,12 @@ class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
         if not self._can_fuse(x, dtype):
             return super().forward(x)
         return self._fused(x, dtype)
+
+
+def has_global_hooks() -> bool:
+    """Return whether a hook is registered for all modules at once. PyTorch 2.7 has no function for it."""
+    forward, backward = ("forward_pre_hooks", "forward_hooks"), ("backward_pre_hooks", "backward_hooks")
+    return any(getattr(modules, f"_global_{name}") for name in (*forward, *backward))
 
 
 def is_untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
