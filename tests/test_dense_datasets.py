@@ -106,6 +106,14 @@ def test_what_is_wrong_with_instance_maps_is_told_with_the_file(nuclei):
     assert any(line.startswith(f"{images}/2.png cannot be read") for line in lines)
 
 
+def test_images_of_16_bits_keep_their_greys_and_stay_as_their_label_maps_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the label map is not turned either
+    Image.fromarray(np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)).save(tmp_path / "x.png", exif=exif)
+    pixels = datasets.read_image(tmp_path / "x.png")
+    assert pixels.shape == (3, 30, 40) and abs(pixels[0].flatten() - torch.linspace(0, 255, 1200)).max() <= 1
+
+
 def test_coco_in_its_real_layout(coco):
     train, val = datasets.coco("train", coco), datasets.coco("val", coco)
     assert train.classes == ("car", "toothbrush") and not train.problems

@@ -134,11 +134,12 @@ class ChunkDataset(Dataset):
             try:
                 content, label = self.source.read(index)
                 return read_image(io.BytesIO(content), self.exif_orientation), label
-            except DECODE_ERRORS:
+            except DECODE_ERRORS as error:
+                reason = f"{type(error).__name__}: {error}"
                 damaged.append(self.source.name(index))
                 index = int(others.integers(len(self.source)))
         if self.train:
-            raise OSError(f"{TRIES} images in a row cannot be read, the last one is {damaged[-1]}")
+            raise OSError(f"{TRIES} images in a row cannot be read, the last one is {damaged[-1]} ({reason})")
         return None
 
 

@@ -26,7 +26,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
-from convnext_min.data import DECODE_ERRORS
+from convnext_min.data import DECODE_ERRORS, files
 from convnext_min.dense.upernet import IGNORED
 
 CACHE = Path.home() / ".cache" / "convnext_min"
@@ -84,10 +84,9 @@ class DenseDataset(Dataset):
 
 
 def read_image(path: str) -> Tensor:
-    """Return the RGB pixels (3, H, W) in a file, uint8. Raises ValueError, naming the file, if it is broken."""
+    """Return the RGB pixels (3, H, W) in a file, uint8, as stored. Raises ValueError, naming the file, if damaged."""
     try:
-        with Image.open(path) as image:
-            return tv_tensors.Image(pil_to_tensor(image.convert("RGB")))
+        return tv_tensors.Image(pil_to_tensor(files.read_image(path, exif_orientation=False)))  # as its label map is
     except DECODE_ERRORS as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
