@@ -117,7 +117,8 @@ def jit_script(model):
 
 @case
 def fx(model):
-    return step(torch.fx.symbolic_trace(model))
+    graph = torch.fx.symbolic_trace(model)
+    return step(graph), sum("getattr" in node.name for node in graph.graph.nodes)
 
 
 @case
@@ -665,6 +666,11 @@ for _name, _change in {
 }.items():
     CASES[f"images_{_name}"] = _of_images(_change)
     CASES[f"layer_input_{_name}"] = lambda model, change=_change: step(model.mix, change(images(4, 16, 9, 9)))
+
+
+@case
+def block_of_something_else(model):
+    return model.block(images().tolist())
 
 
 @case

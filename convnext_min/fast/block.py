@@ -111,7 +111,8 @@ class _Fast:
     kinds: tuple[type, ...]  # classes that dwconv, norm, pwconv1, act, pwconv2 and drop_path must have
     pointwise: tuple[int, ...]  # shape of the kernels of the 1x1 convolutions, () for linear layers
 
-    def _fused(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _fused(self, x: Tensor) -> Tensor:
+        dtype = matmul_dtype(x)
         keep = self.drop_path(x.new_ones(len(x), 1, 1, 1, dtype=torch.float32))
         x = x.to(torch.float32, memory_format=torch.channels_last)
         weights = [weight.contiguous() for weight in self._weights()]
@@ -120,7 +121,7 @@ class _Fast:
         compute = BlockFunction.apply if torch.is_grad_enabled() else partial(BlockFunction.forward, None)
         return compute(dtype, self.norm.eps, x, *weights[:8], *gamma, keep)
 
-    def _can_fuse(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _can_fuse(self, x: Tensor) -> bool:
         """Return whether the block has the layers and shapes that kernels.cpp assumes, without hooks on them."""
         if not (is_eager() and is_original() and not has_global_hooks()):
             return False
@@ -128,7 +129,7 @@ class _Fast:
             return False
         weights = self._weights()
         known = is_ordinary(x, *weights) and x.ndim == 4 and self._has_known_shapes(x.shape[1], weights)
-        return known and kernels(dtype) is not None
+        return known and kernels(matmul_dtype(x)) is not None
 
     def _layers(self) -> tuple[nn.Module, ...]:
         return self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path
@@ -156,10 +157,9 @@ class FastBlock(_Fast, convnext.Block):
 
     @wraps(convnext.Block.forward)
     def forward(self, x: Tensor) -> Tensor:
-        dtype = matmul_dtype(x)
-        if not self._can_fuse(x, dtype):
+        if not self._can_fuse(x):
             return super().forward(x)
-        return self._fused(x, dtype)
+        return self._fused(x)
 
 
 class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
@@ -170,10 +170,9 @@ class FastRoadBlock(_Fast, blocks.ConvNeXtBlock):
 
     @wraps(blocks.ConvNeXtBlock.forward)
     def forward(self, x: Tensor) -> Tensor:
-        dtype = matmul_dtype(x)
-        if not self._can_fuse(x, dtype):
+        if not self._can_fuse(x):
             return super().forward(x)
-        return self._fused(x, dtype)
+        return self._fused(x)
 
 
 def has_global_hooks() -> bool:
