@@ -28,11 +28,11 @@ class Start(NamedTuple):
 def load_start(model: nn.Module, start: Start, classes: tuple[str, ...]) -> str:
     """Load the weights of `start` into `model`, in place, and return a line about them and the classifier.
 
-    For a ConvNeXt they may have the keys of the official release, timm, torchvision or transformers.
-    The classifier is the network's last linear layer. It is loaded if the checkpoint has the same number of classes
-    and, as far as it names them, the same names. With a class map it gets the mapped rows of the checkpoint's
-    classifier. Otherwise it stays as it was built. Raises FileNotFoundError for a missing file, and ValueError, naming
-    the first keys that differ, for weights that do not fit.
+    The weights of a ConvNeXt may have the keys of the official release, timm, torchvision or transformers. The
+    classifier is the network's last linear layer. It is loaded if the checkpoint has the same number of classes and,
+    as far as it names them, the same names. With a class map it gets the mapped rows of the checkpoint's classifier.
+    Otherwise it stays as it was built. Raises FileNotFoundError for a missing file, and ValueError, naming the first
+    keys that differ, for weights that do not fit.
     """
     weights, old_classes = read_weights(start.path, start.averaged)
     if isinstance(model, (ConvNeXt, ConvNeXtIsotropic)):
