@@ -84,7 +84,8 @@ def test_every_file_that_is_left_out_is_counted_in_one_line_with_the_reason(root
     picture(3).save(root / "loose.png")
     (root / "a" / "fake.jpg").unlink()
     recipe = replace(recipes.get("imagenette", ["loader=disk"]), batch_size=4)
-    disk.loader(root.parent, "train", recipe, train=True, workers=0)
+    for rank in range(2):  # the first of two processes prints
+        disk.loader(root.parent, "train", recipe, train=True, rank=rank, world_size=2, workers=0)
     image_folder(root, 32)
     line = (
         f"left out of {root}: 1 .avif file (no decoder in the installed Pillow), "

@@ -47,6 +47,12 @@ def test_a_given_folder(root, capsys):
     assert capsys.readouterr().out.count("Data: data from the given path") == 1
 
 
+def test_of_several_processes_the_first_prints(root, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    imagenette("val", root, 32)
+    assert capsys.readouterr().out == ""
+
+
 def test_the_variable(root, monkeypatch):
     monkeypatch.setenv("IMAGENETTE_DIR", str(root))
     assert len(imagenette("val", size=32)) == 4

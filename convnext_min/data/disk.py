@@ -283,7 +283,7 @@ def loader(
     Raises FileNotFoundError for a missing source, ValueError for a batch that does not fit the processes or the data.
     """
     images = open_source(source, "train" if holdout else split)
-    if images.note:
+    if images.note and rank == 0:
         tqdm.write(printable(images.note))
     place = Path(source).name if isinstance(images, Folder) else source
     if holdout:

@@ -162,5 +162,6 @@ def _download(size: int) -> Path | None:
 
 @functools.cache
 def _print_once(line: str) -> None:
-    """Print `line`, once per process."""
-    print(line, flush=True)
+    """Print `line` once; of several processes that torchrun started, only the first prints."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
