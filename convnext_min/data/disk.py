@@ -143,7 +143,8 @@ class ChunkDataset(Dataset):
         return None
 
 
-def _start_worker(number: int) -> None:
+def start_worker(number: int) -> None:
+    """Give a worker process a group of its own, and silence a harmless warning."""
     # Ctrl-C and Slurm signal a whole process group. The main process then finishes its iteration and saves, for which
     # it needs its workers. So the workers get a group of their own; the main process ends them.
     if hasattr(os, "setpgrp"):
@@ -234,7 +235,7 @@ class Loader:
             batch_size=None,  # an item is a whole chunk
             sampler=[chunk for share in shares for chunk in share],
             num_workers=self.workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # not the global one, from which the trainer draws
         )
         batches = self._join(_read_chunks(chunks), [len(share) for share in shares])

@@ -5,9 +5,7 @@ Ctrl-C and SIGTERM save a checkpoint, and `--resume` continues as if there had b
 """
 
 import argparse
-import shlex
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -17,7 +15,9 @@ from convnext_min import data, recipes
 from convnext_min.data import Data, ImageSet, disk
 from convnext_min.recipes import Recipe
 from convnext_min.train import distributed
+from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command
 from convnext_min.train.device import autocast_dtype
+from convnext_min.train.evaluation import evaluate
 from convnext_min.train.log import import_wandb
 from convnext_min.train.loop import checkpoint_in, dry_run, prepare, train
 from convnext_min.train.models import create_model
@@ -30,7 +30,9 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     """Return the command line's options. Exits with a message if they contradict each other."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.train", description=__doc__)
     _add_run_arguments(parser)
-    _add_machine_arguments(parser)
+    machine = add_machine_arguments(parser)
+    machine.add_argument("--fsdp", action="store_true", help="shard the network over the processes of torchrun")
+    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster on a GPU")
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error(f"--seed must be 0 or more, got {args.seed}")
@@ -71,30 +73,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     first.add_argument("--finetune", metavar="FILE", help="start from the weights of a run or of an official release")
     first.add_argument("--finetune-ema", action="store_true", help="start from the file's EMA weights instead")
     first.add_argument("--class-map", metavar="FILE", help="file of source-class indices for the new classifier's rows")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", help="output folder (default: a new one in runs/)")
-    output.add_argument(
-        "--save-every", default="", metavar="N", help="500: optimizer steps, 15m: minutes; always after an epoch"
-    )
-    output.add_argument("--keep", type=int, default=2, metavar="N", help="number of newest checkpoints to keep (2)")
-    output.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases as well")
-    output.add_argument("--dry-run", action="store_true", help="try a step, a checkpoint, an evaluation; write nothing")
-
-
-def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    machine.add_argument(
-        "--micro-batch", type=int, metavar="N", help="images per process and forward pass; fewer need less memory"
-    )
-    machine.add_argument(
-        "--checkpoint-activations", action="store_true", help="less memory, about a third more time per step"
-    )
-    machine.add_argument("--fsdp", action="store_true", help="shard the network over the processes of torchrun")
-    machine.add_argument(
-        "--no-accelerate", dest="accelerate", action="store_false", help="on a CPU: PyTorch's own layers only"
-    )
-    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster on a GPU")
+    add_output_arguments(parser)
 
 
 def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Data, ImageSet | Data]:
@@ -147,7 +126,8 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     start = Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None
     run = (args.model, recipe, train_set, val_set)
     if args.dry_run:
-        dry_run(*prepare(*run, args.seed, config, start), args.output)
+        trainer, val_batches = prepare(*run, args.seed, config, start)
+        dry_run(trainer, lambda: evaluate(trainer.eval_model, val_batches, recipe.amp, limit=1), args.output)
     else:
         train(*run, args.output, args.seed, args.resume, config, start)
 
@@ -156,27 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = read_arguments(argv)
-    output_given = args.output
-    try:
-        with distributed.processes(args.device) as device:
-            name = f"runs/{args.recipe}-{args.model.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-            args.output = output_given or distributed.broadcast_object(name)
-            run_from(args, device)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error{_process()}: {error}")
-    except KeyboardInterrupt as stop:
-        if distributed.rank() == 0:
-            launcher = "torchrun ... " if distributed.world_size() > 1 else "python "
-            command = shlex.join(a for a in argv if a != "--resume")
-            command += "" if output_given else f" --output {args.output}"
-            print(f"\n{stop or 'stopped before the first step'}")
-            print(f"To continue: {launcher}-m convnext_min.train {command} --resume")
-        sys.exit(getattr(stop, "code", 130))
-
-
-def _process() -> str:
-    """Return which process this is, unless it is rank 0."""
-    return f" in process {distributed.rank()}" if distributed.rank() else ""
+    run_command("convnext_min.train", f"{args.recipe}-{args.model}", args, argv, run_from)
 
 
 if __name__ == "__main__":

@@ -153,10 +153,10 @@ class CheckpointManager:
         if distributed.rank() == 0:
             print(f"warning: at step {trainer.step:,} {failure}; training continues", file=sys.stderr, flush=True)
 
-    def save_best(self, trainer: Trainer, top1: float) -> None:
-        """Write best.pt, the weights without the state needed to resume, if `top1` is the highest so far."""
-        key = "ema_top1" if trainer.ema else "top1"
-        if self.path is None or any(row[key] is not None and row[key] >= top1 for row in trainer.history[:-1]):
+    def save_best(self, trainer: Trainer, key: str) -> None:
+        """Write best.pt, the weights without the state needed to resume, if the last row has the highest `key`."""
+        *earlier, row = trainer.history
+        if self.path is None or any(old[key] is not None and old[key] >= row[key] for old in earlier):
             return
         state = {key: value for key, value in trainer.state_dict().items() if key not in ("optimizer", "scaler")}
         if distributed.rank() == 0:

@@ -21,6 +21,14 @@ from convnext_min.train.checkpoint import warn_on_failure
 if TYPE_CHECKING:
     from convnext_min.train.trainer import Trainer
 
+METRICS = {  # columns that are fractions, and their names at the terminal
+    "top1": "top-1",
+    "ema_top1": "top-1 (EMA)",
+    "mask_ap": "mask AP",
+    "box_ap": "box AP",
+    "miou": "mIoU",
+}
+
 
 class Log:
     """Write the rows of a run, on rank 0: print them, and write log.csv and TensorBoard's events into `folder`, if any.
@@ -94,10 +102,10 @@ def save_failed_batch(x: Tensor, y: Tensor, trainer: Trainer, folder: Path) -> s
 def format_row(row: dict[str, Any]) -> str:
     """Return a row of the log as a line for the terminal."""
     text = f"epoch {row['epoch']:g}: training loss {row['train_loss']:.3f}"
-    if row["val_loss"] is not None:
+    if row.get("val_loss") is not None:
         text += f", validation loss {row['val_loss']:.3f}"
-    for name, label in (("top1", "top-1"), ("ema_top1", "top-1 (EMA)")):
-        if row[name] is not None:
+    for name, label in METRICS.items():
+        if row.get(name) is not None:
             text += f", {label} {row[name]:.1%}"
     speed = f"{row['images_per_second']:.0f} images/s at {row['resolution']} px"
     return f"{text} ({speed}, {row['memory_gb']:.1f} GB, {row['seconds']:.0f} s)"

@@ -223,7 +223,7 @@ def end_of_epoch(
         row |= {"ema_top1" if trainer.ema else "top1": result.top1, "val_loss": result.loss}
         if trainer.ema and not (over and recipe.minutes):
             row["top1"] = evaluate(trainer.model, val_batches, recipe.amp).top1
-        manager.save_best(trainer, result.top1)
+        manager.save_best(trainer, "ema_top1" if trainer.ema else "top1")
     row["seconds"] = round(trainer.clock.seconds, 1)
     log.write(trainer.history)
     manager.save(trainer, last=over)
@@ -300,7 +300,7 @@ def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder:
 # ---- A trial
 
 
-def dry_run(trainer: Trainer, val_batches: Data, output: Path | str) -> None:
+def dry_run(trainer: Trainer, evaluate_one: Callable[[], Any], output: Path | str) -> None:
     """Time one batch, step, save, load and evaluation in a temporary folder next to `output`; leave no files."""
     times, since = {}, time.perf_counter()
 
@@ -322,7 +322,7 @@ def dry_run(trainer: Trainer, val_batches: Data, output: Path | str) -> None:
     finally:
         distributed.all_gather_object(None)  # all processes have read it
         shutil.rmtree(folder, ignore_errors=True)
-    evaluate(trainer.eval_model, val_batches, trainer.recipe.amp, limit=1)
+    evaluate_one()
     note("evaluation of a batch")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
     print_once(f"OK: {seconds}; {peak_memory(trainer.device) / 1e9:.1f} GB")

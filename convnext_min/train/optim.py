@@ -66,13 +66,19 @@ def group_of(name: str, depths: tuple[int, ...]) -> int:
 def learning_rate_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Return the factor of each parameter's learning rate: `decay` to the power of the distance to the last group.
 
-    Raises ValueError for a network other than `ConvNeXt`.
+    `model` is a `ConvNeXt` or has one as its backbone; parameters outside of it are in the last group. Raises
+    ValueError for other networks.
     """
-    if not isinstance(model, ConvNeXt):
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, ConvNeXt)]
+    if not found:
         raise ValueError(f"layer_decay needs a convnext_<variant>, got {type(model).__name__}: --set layer_decay=1.0")
-    depths = tuple(len(stage) for stage in model.stages)
+    prefix, network = found[0]
+    depths = tuple(len(stage) for stage in network.stages)
     last = group_of("head", depths)
-    return {name: decay ** (last - group_of(name, depths)) for name, _ in model.named_parameters()}
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    for name, _ in network.named_parameters():
+        scales[f"{prefix}.{name}" if prefix else name] = decay ** (last - group_of(name, depths))
+    return scales
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -91,6 +91,8 @@ class Trainer:
     processes and `compile` all three are the same. Raises ValueError for settings or data that do not fit each other.
     """
 
+    metrics = ("val_loss", "top1", "ema_top1")  # columns of the log that an evaluation fills
+
     def __init__(
         self,
         model: nn.Module,
@@ -225,7 +227,7 @@ class Trainer:
 
     def _backward(self, x: Tensor, y: Tensor) -> float:
         """Add up the gradients of the micro-batches, and return the mean loss over all processes."""
-        parts = list(zip(x.split(self.micro_batch), y.split(self.micro_batch)))
+        parts = [(x[i : i + self.micro_batch], y[i : i + self.micro_batch]) for i in range(0, len(y), self.micro_batch)]
         total = torch.zeros((), device=self.device)
         for i, (images, labels) in enumerate(parts):
             seed_all(self.seed, self.step, distributed.rank(), i)  # so there is no generator state to save
@@ -258,9 +260,7 @@ class Trainer:
                 "seconds": round(self.clock.seconds, 1),
                 "lr": self.lr,
                 "train_loss": meter.loss / meter.steps,
-                "val_loss": None,  # of `eval_model`
-                "top1": None,  # fractions
-                "ema_top1": None,
+                **dict.fromkeys(self.metrics),
                 "images_per_second": round(self.recipe.batch_size * meter.steps / meter.seconds, 1),
                 "resolution": self.batches.resolution,
                 "memory_gb": round(peak_memory(self.device) / 1e9, 2),
