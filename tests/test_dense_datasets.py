@@ -8,59 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense_folders import write_ade20k, write_coco, write_image, write_map, write_nuclei
 from PIL import Image
 
 from convnext_min.dense import datasets
 from convnext_min.dense.upernet import IGNORED
 
 
-def write_image(path: Path, size: tuple[int, int] = (40, 30), value: int = 100) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (value, 0, 0)).save(path)
-
-
-def write_map(path: Path, rows: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rows.astype(np.uint16)).save(path)
-
-
-def objects(*ids: int) -> np.ndarray:
-    """A map of 30 rows and 40 columns with an object of 4x3 pixels for each id."""
-    rows = np.zeros((30, 40))
-    for i, number in enumerate(ids):
-        rows[6 * i + 1 : 6 * i + 4, 2:6] = number
-    return rows
-
-
 @pytest.fixture
 def nuclei(tmp_path):
-    for i in range(10):
-        write_image(tmp_path / "images" / f"{i}.png", value=i)
-        write_map(tmp_path / "labels" / f"{i}.png", objects(*range(1, 1 + i % 3)))
-    return tmp_path
+    return write_nuclei(tmp_path)
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """COCO's real layout: two images with objects, one without, in each split."""
-    for split in ("train", "val"):
-        images = [{"id": i, "file_name": f"{i:012}.jpg", "width": 40, "height": 30} for i in (7, 8, 9)]
-        for image in images:
-            write_image(tmp_path / f"{split}2017" / image["file_name"])
-        annotations = [
-            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [2, 1, 4, 3]},
-            {"id": 2, "image_id": 7, "category_id": 90, "bbox": [10, 5, 10, 10]},
-            {"id": 3, "image_id": 8, "category_id": 90, "bbox": [0, 0, 5, 5]},
-        ]
-        for annotation in annotations:
-            x, y, w, h = annotation["bbox"]
-            annotation |= {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 0, "area": w * h}
-        content = {"images": images, "annotations": annotations}
-        content["categories"] = [{"id": 3, "name": "car"}, {"id": 90, "name": "toothbrush"}]
-        path = tmp_path / "annotations" / f"instances_{split}2017.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    return tmp_path
+    return write_coco(tmp_path)
 
 
 def change(coco: Path, **values) -> Path:
@@ -181,10 +143,7 @@ def test_a_file_that_is_not_cocos_is_named(coco):
 def test_ade20k_ignores_zero_and_counts_from_one(tmp_path):
     rows = np.zeros((30, 40))
     rows[:, 20:] = 150
-    for part in ("training", "validation"):
-        write_image(tmp_path / "images" / part / "a.jpg")
-        write_map(tmp_path / "annotations" / part / "a.png", rows)
-    dataset = datasets.ade20k("train", tmp_path)
+    dataset = datasets.ade20k("train", write_ade20k(tmp_path, rows))
     assert len(dataset.classes) == 150 and not dataset.instances
     assert dataset[0][1]["labels"].unique().tolist() == [149, IGNORED]
     rows[0, 0] = 151

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from convnext_min.recipes import Recipe, parse_settings
+from convnext_min.recipes import POSITIVE, SIDE, Range, Recipe, field, parse_settings
 
+SIDES = Range(lambda value: len(value) > 0 and min(value) >= 32, "one or more sides of at least 32")
+SCALES = Range(lambda value: len(value) > 0 and min(value) > 0, "one or more positive factors")
 FOR_CLASSIFIERS = (  # fields of `Recipe` without a meaning here
     *("label_smoothing", "mixup", "cutmix", "erasing", "rand_augment", "loader", "fraction", "image_size"),
     *("resolution", "progressive", "eval_resolution", "eval_crop", "crop_scale"),
-    *("head_init_scale", "schedule", "min_lr"),
+    *("exif_orientation", "head_init_scale", "schedule", "min_lr"),
 )
 
 
@@ -27,24 +29,24 @@ class DenseRecipe(Recipe):
     milestones: tuple[float, ...] = ()  # fractions of the run after which it drops to a tenth; (): linear to 0
 
     # Images
-    min_size: tuple[int, ...] = (800,)  # the shorter side: one of these in training, the last one in evaluation
-    max_size: int = 1333  # the longer side at most, by which the shorter side is reduced
+    min_size: tuple[int, ...] = field((800,), SIDES)  # shorter side: one of these in training, the last in evaluation
+    max_size: int = field(1333, SIDE)  # the longer side at most, by which the shorter side is reduced
     resize_and_crop: bool = False  # detection: half of the images are cropped first, as in DETR
-    vertical_flip: bool = False  # besides the horizontal one
-    crop: int = 512  # segmentation: side of a random crop
-    test_scales: tuple[float, ...] = (1.0,)  # segmentation: predictions at these sizes are averaged
+    vertical_flip: bool = False  # detection: besides the horizontal one
+    crop: int = field(512, SIDE)  # segmentation: side of a random crop
+    test_scales: tuple[float, ...] = field((1.0,), SCALES)  # segmentation: predictions at these sizes are averaged
     test_flip: bool = False  # and with those for the mirrored image
 
     # Heads
-    channels: int = 256  # of the pyramid and the convolutions of the heads; of UperNet's decoder
-    hidden: int = 1024  # of a box head's linear layers
-    anchor_scale: float = 8.0  # side of an anchor over the stride of its level
-    rois: int = 512  # boxes sampled per image in training
-    detections: int = 100  # kept per image
+    channels: int = field(256, POSITIVE)  # of the pyramid and the convolutions of the heads; of UperNet's decoder
+    hidden: int = field(1024, POSITIVE)  # of a box head's linear layers
+    anchor_scale: float = field(8.0, POSITIVE)  # side of an anchor over the stride of its level
+    rois: int = field(512, POSITIVE)  # boxes sampled per image in training
+    detections: int = field(100, POSITIVE)  # kept per image
 
     def __post_init__(self):
         super().__post_init__()
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {one.name: one.default for one in fields(self)}
         for name in FOR_CLASSIFIERS:
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is for classification; here it stays {defaults[name]!r}")
@@ -56,6 +58,10 @@ class DenseRecipe(Recipe):
         if self.milestones:
             return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
         return self.lr * (1 - progress)
+
+    def resolution_at(self, progress: float) -> int:
+        """Return the shorter side in evaluation, the same at any `progress`."""
+        return self.min_size[-1]
 
 
 _PAPER = DenseRecipe(  # what the released configurations share

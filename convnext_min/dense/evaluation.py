@@ -1,0 +1,82 @@
+"""How good a detector or a segmentation network is: COCO's average precision, and the mean IoU of the classes."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.transforms.v2.functional import resize
+from tqdm.auto import tqdm
+
+from convnext_min.dense.batches import collate, plain
+from convnext_min.dense.datasets import DenseDataset, Target
+from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.dense.upernet import IGNORED, Segmenter
+from convnext_min.train import distributed
+
+
+@torch.no_grad()
+def predict(model: nn.Module, image: Tensor, recipe: DenseRecipe) -> Target:
+    """Return what a network in eval mode finds in an image (3, H, W) in 0..1, in the image's own pixels.
+
+    A detector gives boxes (n, 4), labels (n,), scores (n,) and masks bool (n, H, W); a segmentation network labels
+    (H, W), by the mean of the probabilities at all of the recipe's sizes.
+    """
+    if not isinstance(model, Segmenter):
+        (found,) = model([image])
+        return found | {"masks": found["masks"][:, 0] > 0.5}
+    height, width = image.shape[1:]
+    total = 0.0
+    for scale in recipe.test_scales:
+        factor = scale * min(recipe.min_size[-1] / min(height, width), recipe.max_size / max(height, width))
+        sized = resize(image, [max(1, round(height * factor)), max(1, round(width * factor))], antialias=True)
+        for flip in (False, True)[: 1 + recipe.test_flip]:
+            (logits,) = model([sized.flip(-1) if flip else sized])
+            logits = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)  # (1, K, H, W)
+            total = total + (logits.flip(-1) if flip else logits).softmax(1)
+    return {"labels": total[0].argmax(0)}
+
+
+class Scores:
+    """The metrics of a data set: `update` with each image, then `compute`, which also sums over processes."""
+
+    def __init__(self, dataset: DenseDataset):
+        self.instances, self.classes = dataset.instances, dataset.classes
+        if self.instances:
+            self.metric = MeanAveragePrecision(iou_type=("bbox", "segm"), backend="pycocotools")
+        else:
+            self.metric = MulticlassConfusionMatrix(len(self.classes), ignore_index=IGNORED)
+
+    def update(self, found: Target, target: Target) -> None:
+        """Count one image: what `predict` returns, and the truth."""
+        found, target = ({key: value.cpu() for key, value in values.items()} for values in (found, target))
+        if self.instances:
+            self.metric.update([found], [target | {"masks": target["masks"].bool()}])
+        else:
+            self.metric.update(found["labels"][None], target["labels"][None])
+
+    def compute(self) -> dict[str, float]:
+        """Return the values in 0..1; a class that neither occurs nor is predicted does not count."""
+        values = self.metric.compute()
+        if self.instances:
+            names = {"mask_ap": "segm_map", "mask_ap50": "segm_map_50", "box_ap": "bbox_map", "box_ap50": "bbox_map_50"}
+            return {name: max(0.0, values[key].item()) for name, key in names.items()}
+        both, either = values.diag(), values.sum(0) + values.sum(1) - values.diag()
+        return {"miou": (both / either)[either > 0].mean().item()}
+
+
+def evaluate(
+    model: nn.Module, dataset: DenseDataset, recipe: DenseRecipe, workers: int = 0, limit: int | None = None
+) -> dict[str, float]:
+    """Return the scores of `model` on the first `limit` images of `dataset`, or all; each process takes its share."""
+    device, was_training, scores = next(model.parameters()).device, model.training, Scores(dataset)
+    model.eval()
+    mine = range(distributed.rank(), min(limit or len(dataset), len(dataset)), distributed.world_size())
+    loader = DataLoader(Subset(dataset, mine), num_workers=workers, collate_fn=collate)
+    silent = distributed.rank() > 0
+    for (image,), (target,) in tqdm(loader, "evaluating", leave=False, delay=2, disable=silent or None):
+        image, target = plain(image, target)
+        scores.update(predict(model, image.to(device), recipe), target)
+    model.train(was_training)
+    return scores.compute()

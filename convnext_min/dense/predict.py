@@ -1,0 +1,96 @@
+"""Find objects or classes in your own images: `python -m convnext_min.dense.predict --checkpoint FILE image.jpg ...`.
+
+Each image is written again with what was found drawn into it: masks, boxes and scores, or a colour per class.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.io import write_png
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from tqdm.auto import tqdm
+
+from convnext_min.dense.datasets import Target, read_image
+from convnext_min.dense.evaluation import predict
+from convnext_min.dense.models import create_dense_model
+from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.train.checkpoint import load_checkpoint
+
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")  # Okabe and Ito's
+
+
+def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a run's checkpoint, in eval mode, and the checkpoint with its recipe as `DenseRecipe`.
+
+    Raises FileNotFoundError, or ValueError for a file that is no checkpoint of `convnext_min.dense.train`.
+    """
+    state = load_checkpoint(checkpoint)
+    try:
+        state["recipe"] = DenseRecipe(**state["recipe"])
+        model = create_dense_model(state["model"], state["recipe"], len(state["classes"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of convnext_min.dense.train: {error}") from error
+    model.load_state_dict(state["ema"] or state["weights"])
+    return model.eval(), state
+
+
+def draw(image: Tensor, found: Target, classes: tuple[str, ...], threshold: float = 0.5) -> Tensor:
+    """Return an image uint8 (3, H, W) with what `predict` found in it; of objects those scored at least `threshold`."""
+    if "boxes" not in found:
+        masks = found["labels"] == torch.arange(len(classes), device=found["labels"].device)[:, None, None]
+        colors = [COLORS[i % len(COLORS)] for i in range(len(classes))]
+        return draw_segmentation_masks(image, masks, alpha=0.6, colors=colors)
+    found = {key: value[found["scores"] >= threshold] for key, value in found.items()}
+    if not len(found["boxes"]):
+        return image.clone()
+    colors = [COLORS[i % len(COLORS)] for i in range(len(found["boxes"]))]
+    names = [f"{classes[label - 1]} {score:.0%}" for label, score in zip(found["labels"], found["scores"])]
+    drawn = draw_segmentation_masks(image, found["masks"], alpha=0.5, colors=colors)
+    return draw_bounding_boxes(drawn, found["boxes"], names if len(classes) > 1 else None, colors=colors)
+
+
+def describe(found: Target, classes: tuple[str, ...], threshold: float = 0.5) -> str:
+    """Return in words how many objects of each class were found, or how much of the image each class covers."""
+    if "boxes" in found:
+        labels = found["labels"][found["scores"] >= threshold] - 1
+        counts = Counter(classes[label] for label in labels.tolist())
+        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+    shares = torch.bincount(found["labels"].flatten(), minlength=len(classes)) / found["labels"].numel()
+    return ", ".join(f"{shares[i]:.0%} {classes[i]}" for i in shares.argsort(descending=True) if shares[i] >= 0.005)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw into each image; name images that cannot be read, and then exit with code 1."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.predict", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score of an object that is shown (0.5)")
+    parser.add_argument("--output", default="predictions", help="folder for the drawings (predictions)")
+    parser.add_argument("images", nargs="+", help="image files")
+    args = parser.parse_args(argv)
+    try:
+        model, state = load_model(args.checkpoint)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    failures, classes = 0, state["classes"]
+    for path in tqdm(args.images, unit="image", disable=None):
+        try:
+            image = read_image(path).as_subclass(Tensor)
+        except ValueError as error:
+            failures += 1
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            continue
+        found = predict(model, image.float() / 255, state["recipe"])
+        drawing = Path(args.output) / f"{Path(path).stem}.png"
+        write_png(draw(image, found, classes, args.threshold), str(drawing))
+        tqdm.write(f"{path}: {describe(found, classes, args.threshold)}; drawn in {drawing}")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

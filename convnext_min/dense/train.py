@@ -1,0 +1,248 @@
+"""Train a detector or a segmentation network: `python -m convnext_min.dense.train --task nuclei --head mask_rcnn`.
+
+The run is the trainer's, as for classification: `torchrun` for several processes, Ctrl-C and SIGTERM save, `--resume`
+continues, and log.csv, checkpoint.pt, best.pt and summary.json are in the output folder.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from convnext_min.dense import recipes
+from convnext_min.dense.batches import DenseBatches
+from convnext_min.dense.datasets import DATASETS, DenseDataset, Target, check, shapes
+from convnext_min.dense.evaluation import evaluate
+from convnext_min.dense.models import DETECTORS, HEADS, create_dense_model
+from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.environment import environment, write_json
+from convnext_min.measure import count_parameters
+from convnext_min.train import distributed
+from convnext_min.train.checkpoint import CheckpointManager, list_checkpoints
+from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command
+from convnext_min.train.device import choose_device
+from convnext_min.train.distributed import print_once
+from convnext_min.train.log import Log
+from convnext_min.train.loop import checkpoint_in, dry_run, load_resumed, stop, stop_requests, train_epoch
+from convnext_min.train.trainer import RunConfig, Trainer
+
+SHOWN_PROBLEMS = 20
+CHECKED_IMAGES = 200  # of each split, before a run; `convnext_min.dense.datasets` checks all
+
+
+class DenseTrainer(Trainer):
+    """A detector or a segmentation network in training; a batch is a list of images and a list of targets."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        instances = self.batches.dataset.instances
+        self.metrics = ("mask_ap", "mask_ap50", "box_ap", "box_ap50") if instances else ("miou",)
+
+    def _check_outputs(self, name: str) -> None:
+        self.model.train()
+
+    def _loss(self, x: list[Tensor], y: list[Target]) -> Tensor:
+        """Return the sum of the losses that the network gives in training."""
+        x = [image.to(self.device, non_blocking=True) for image in x]
+        y = [{key: value.to(self.device, non_blocking=True) for key, value in target.items()} for target in y]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return sum(self.compiled_model(x, y).values())
+
+
+def prepare(
+    name: str,
+    recipe: DenseRecipe,
+    train_set: DenseDataset,
+    seed: int = 0,
+    config: RunConfig | None = None,
+    pretrained: str | None = None,
+    checkpoint: Path | None = None,
+    workers: int = 0,
+) -> DenseTrainer:
+    """Return the trainer of the network `name`, at its first step or at that of `checkpoint` if it exists."""
+    config = config or RunConfig()
+    device = config.device if isinstance(config.device, torch.device) else choose_device(config.device)
+    resumes = bool(checkpoint and list_checkpoints(checkpoint))
+    torch.manual_seed(seed)
+    model = create_dense_model(name, recipe, len(train_set.classes), None if resumes else pretrained)
+    batches = DenseBatches(train_set, recipe, seed, distributed.rank(), distributed.world_size(), workers)
+    trainer = DenseTrainer(model, name, recipe, batches, seed, device, config)
+    trainer.identity["start"] = pretrained
+    if resumes:
+        load_resumed(trainer, checkpoint)
+    print_once(f"{name}, {count_parameters(trainer.model):,} parameters, {trainer}")
+    print_once(train_set.source + (f"; continuing at step {trainer.step:,}" if trainer.step else ""))
+    return trainer
+
+
+def train(
+    name: str,
+    recipe: DenseRecipe,
+    train_set: DenseDataset,
+    val_set: DenseDataset,
+    output: Path | str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    config: RunConfig | None = None,
+    pretrained: str | None = None,
+    workers: int = 0,
+) -> tuple[nn.Module, dict[str, float]]:
+    """Train the network `name`, "<head>:<backbone>", and return it with its scores on `val_set`.
+
+    Arguments and files are those of `train.train`; `pretrained` is that of `create_dense_model`.
+    """
+    checkpoint = checkpoint_in(output, resume)
+    trainer = prepare(name, recipe, train_set, seed, config, pretrained, checkpoint, workers)
+    manager = CheckpointManager(checkpoint, trainer.config.keep, *trainer.config.interval)
+    manager.start(trainer)
+    seconds = start_schedule(trainer, val_set, workers)
+    scores, folder = {}, checkpoint and checkpoint.parent
+    with stop_requests() as requests, Log(folder, trainer.step, trainer.config.wandb, trainer.identity) as log:
+        while trainer.progress < 1 and not trainer.clock.stopped:
+            train_epoch(trainer, requests, manager, None)
+            if trainer.progress >= 1 or trainer.step % len(trainer.batches) == 0:
+                scores = end_of_epoch(trainer, val_set, manager, log, seconds, workers)
+    if trainer.progress < 1:
+        stop(trainer, manager, requests)
+    scores = scores or evaluate(trainer.eval_model, val_set, recipe, workers)
+    print_once(f"\n{val_set.source}: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
+    if folder and distributed.rank() == 0:
+        write_summary(trainer, scores, val_set.source, folder)
+    return trainer.eval_model.eval(), scores
+
+
+def start_schedule(trainer: DenseTrainer, val_set: DenseDataset, workers: int) -> float:
+    """Start the clock of a timed run, and return the seconds that an evaluation takes; 0 for a run in epochs."""
+    if trainer.recipe.minutes is None:
+        return 0.0
+    few, started = min(len(val_set), 4 * distributed.world_size()), time.perf_counter()
+    evaluate(trainer.eval_model, val_set, trainer.recipe, workers, few)
+    seconds = distributed.broadcast_object((time.perf_counter() - started) * len(val_set) / few)
+    trainer.clock.open_window(seconds, resumed=trainer.step > 0)
+    return seconds
+
+
+def end_of_epoch(
+    trainer: DenseTrainer, val_set: DenseDataset, manager: CheckpointManager, log: Log, seconds: float, workers: int
+) -> dict[str, float]:
+    """Evaluate if it is time to, log a row and save; return the scores, empty without an evaluation."""
+    recipe, scores, over = trainer.recipe, {}, trainer.progress >= 1
+    row = trainer.new_row()
+    due = recipe.evaluate_every and (trainer.step // len(trainer.batches)) % recipe.evaluate_every == 0
+    if over or (due and trainer.clock.has_time_for(2 * seconds)):
+        scores = evaluate(trainer.eval_model, val_set, recipe, workers)
+        row |= scores
+        manager.save_best(trainer, trainer.metrics[0])
+    row["seconds"] = round(trainer.clock.seconds, 1)
+    log.write(trainer.history)
+    manager.save(trainer, last=over)
+    trainer.clock.sync()
+    return scores
+
+
+def write_summary(trainer: DenseTrainer, scores: dict[str, float], validation: str, folder: Path) -> None:
+    """Write summary.json."""
+    summary = trainer.identity | {"validation": validation} | scores
+    summary |= {"parameters": count_parameters(trainer.model), "steps": trainer.step}
+    summary |= {"seconds": round(trainer.clock.seconds, 1), "cpu_seconds": round(trainer.clock.cpu_seconds, 1)}
+    summary |= {"processes": distributed.world_size(), "micro_batch": trainer.micro_batch}
+    write_json(summary | environment(), folder / "summary.json")
+    print_once(f"Wrote {folder}: checkpoint.pt, best.pt, log.csv, summary.json, TensorBoard's events")
+
+
+def read_data(task: str, head: str, root: str | None) -> tuple[DenseDataset, DenseDataset]:
+    """Return the images to train on and to validate with. Raises ValueError for a head that does not fit them."""
+    read = DATASETS[task]
+    if task == "shapes":
+        train_set, val_set = (shapes(split, instances=head in DETECTORS) for split in ("train", "val"))
+    else:
+        train_set, val_set = (read(split, root) for split in ("train", "val"))
+    if train_set.instances != (head in DETECTORS):
+        kind = "objects" if train_set.instances else "classes of pixels"
+        raise ValueError(f"{task} has {kind}: {head} is not for them")
+    return train_set, val_set
+
+
+def check_data(*datasets: DenseDataset) -> None:
+    """Read some images of each data set before hours are spent. Raises ValueError, naming the files that are broken.
+
+    Annotations that are left out are only printed.
+    """
+    for dataset in datasets:
+        broken = check(dataset, CHECKED_IMAGES)
+        for title, lines in (("left out", dataset.problems), ("broken", broken)):
+            rest = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] * (len(lines) > SHOWN_PROBLEMS)
+            text = "\n  ".join([f"{dataset.source}: {len(lines):,} {title}", *lines[:SHOWN_PROBLEMS], *rest])
+            if lines and title == "broken":
+                raise ValueError(text)
+            if lines:
+                print_once(text)
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """Return the command line's options. Exits with a message if they contradict each other."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.train", description=__doc__)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--task", required=True, choices=DATASETS, help="the images, and the recipe for them")
+    run.add_argument("--head", required=True, choices=HEADS)
+    run.add_argument("--backbone", default="convnext_atto", help="convnext_<variant> or road:<step>")
+    run.add_argument("--pretrained", metavar="WEIGHTS", help="of the backbone: a run's checkpoint, or a tag as in22k")
+    run.add_argument("--data", help="the folder of the images")
+    run.add_argument("--workers", type=int, default=0, metavar="N", help="data-loading processes per GPU")
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--epochs", help="train for this many epochs")
+    length.add_argument("--minutes", help="train for this many minutes of wall clock instead")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
+    add_output_arguments(parser)
+    add_machine_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.resume and not args.output:
+        parser.error("--resume needs the --output of the run")
+    args.set += [f"epochs={args.epochs}", "minutes=None"] * bool(args.epochs)
+    args.set += [f"minutes={args.minutes}"] * bool(args.minutes)
+    return args
+
+
+def run_from(args: argparse.Namespace, device: torch.device) -> None:
+    """Train as the command line asks."""
+    recipe = recipes.get(args.task, args.head, args.backbone, args.set)
+    checkpoint_in(args.output, args.resume)
+    config = RunConfig(
+        device=device,
+        started=psutil.Process().create_time(),
+        micro_batch=args.micro_batch,
+        accelerate=args.accelerate,
+        checkpoint_activations=args.checkpoint_activations,
+        save_every=args.save_every,
+        keep=args.keep,
+        wandb=args.wandb,
+    )
+    name = f"{args.head}:{args.backbone}"
+    create_dense_model(name, recipe, 1, args.pretrained)  # show errors now, not after the images are checked
+    train_set, val_set = read_data(args.task, args.head, args.data)
+    check_data(train_set, val_set)
+    if args.dry_run:
+        trainer = prepare(name, recipe, train_set, args.seed, config, args.pretrained, workers=args.workers)
+        dry_run(trainer, lambda: evaluate(trainer.eval_model, val_set, recipe, limit=1), args.output)
+    else:
+        run = (name, recipe, train_set, val_set, args.output, args.seed, args.resume, config)
+        train(*run, args.pretrained, args.workers)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = read_arguments(argv)
+    name = f"{args.task}-{args.head}-{args.backbone}"
+    run_command("convnext_min.dense.train", name, args, argv, run_from)
+
+
+if __name__ == "__main__":
+    main()

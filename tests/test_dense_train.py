@@ -1,0 +1,316 @@
+"""Training, evaluation and prediction of detectors and segmentation networks, on drawn shapes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dense_folders import write_ade20k, write_coco, write_map, write_nuclei
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from convnext_min import ConvNeXt
+from convnext_min.dense import datasets, evaluation, predict, recipes
+from convnext_min.dense.batches import DenseBatches, augment_instances, augment_semantic, plain
+from convnext_min.dense.features import ConvNeXtFeatures
+from convnext_min.dense.models import create_dense_model
+from convnext_min.dense.train import main, prepare, train
+from convnext_min.dense.upernet import IGNORED
+from convnext_min.train.loop import Stopped
+from convnext_min.train.optim import learning_rate_scales
+from convnext_min.train.trainer import RunConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = {  # networks of a few thousand weights, images of 64 pixels
+    "depths": "(1, 1, 1, 1)",
+    "dims": "(16, 32, 64, 128)",
+    "channels": "16",
+    "hidden": "32",
+    "rois": "32",
+    "min_size": "(64,)",
+    "max_size": "64",
+    "crop": "64",
+    "batch_size": "4",
+    "base_batch": "4",
+    "drop_path": "0.0",
+    "amp": "fp32",
+}
+PLAIN = RunConfig(device="cpu", accelerate=False)
+
+
+def settings(**changes: str) -> list[str]:
+    return [f"{key}={value}" for key, value in (TINY | changes).items()]
+
+
+def recipe(head: str, **changes: str) -> recipes.DenseRecipe:
+    return recipes.get("shapes", head, "convnext_atto", settings(**changes))
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_SIZE", 64)
+
+
+def shapes(head: str, split: str = "train", number: int = 4) -> datasets.DenseDataset:
+    return datasets.shapes(split, instances="rcnn" in head, number=number)
+
+
+@pytest.mark.parametrize("head, epochs", [("mask_rcnn", 60), ("cascade_mask_rcnn", 50), ("upernet", 50)])
+def test_four_images_are_learned_by_heart(head, epochs, monkeypatch):
+    monkeypatch.setattr("convnext_min.dense.batches.augment_instances", lambda image, target, _: plain(image, target))
+    monkeypatch.setattr("convnext_min.dense.batches.augment_semantic", lambda image, target, _: plain(image, target))
+    data = shapes(head)
+    fast = recipe(head, epochs=str(epochs), base_lr="5e-3", evaluate_every="0", channels="32")
+    _, scores = train(f"{head}:convnext_atto", fast, data, data, config=PLAIN)
+    if "rcnn" in head:
+        assert scores["mask_ap50"] > 0.9 and scores["box_ap50"] > 0.9
+    else:
+        assert scores["miou"] > 0.9
+
+
+def test_average_precision_is_that_of_pycocotools():
+    data = shapes("mask_rcnn", number=6)
+    rng = np.random.default_rng(0)
+    scores, truth, found = evaluation.Scores(data), [], []
+    for number in range(len(data)):
+        _, target = plain(*data[number])
+        shift = rng.integers(-3, 4, 2).tolist()
+        guess = {  # the truth, moved, some of another class, and with doubles of the first
+            "boxes": torch.cat([target["boxes"], target["boxes"][:1]]) + torch.tensor([*shift[::-1], *shift[::-1]]),
+            "masks": torch.cat([target["masks"], target["masks"][:1]]).bool().roll(shift, (1, 2)),
+            "labels": torch.cat([target["labels"], target["labels"][:1]]),
+            "scores": torch.from_numpy(rng.random(len(target["labels"]) + 1)).float(),
+        }
+        guess["labels"][0] = guess["labels"][0] % 3 + 1
+        scores.update(guess, target)
+        for values, into in ((target, truth), (guess, found)):
+            for box, mask, label, i in zip(values["boxes"], values["masks"], values["labels"], range(99)):
+                x0, y0, x1, y1 = box.tolist()
+                entry = {"image_id": number, "category_id": int(label), "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                entry |= {"segmentation": rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))}
+                entry |= {"area": float(mask.sum()), "iscrowd": 0, "id": len(into) + 1}
+                into.append(entry | ({"score": float(values["scores"][i])} if "scores" in values else {}))
+    index = COCO()
+    images = [{"id": number, "height": 64, "width": 64} for number in range(len(data))]
+    index.dataset = {"images": images, "annotations": truth, "categories": [{"id": i} for i in (1, 2, 3)]}
+    index.createIndex()
+    expected = {}
+    for kind, name in (("segm", "mask"), ("bbox", "box")):
+        results = COCO()
+        results.dataset = index.dataset | {"annotations": found}
+        results.createIndex()
+        judge = COCOeval(index, results, kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        expected |= {f"{name}_ap": judge.stats[0], f"{name}_ap50": judge.stats[1]}
+    assert 0.1 < expected["mask_ap"] < 0.9
+    assert scores.compute() == pytest.approx(expected, abs=1e-6)
+
+
+def test_mean_iou_by_hand():
+    scores = evaluation.Scores(shapes("upernet"))  # four classes, of which the last does not occur
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, IGNORED, IGNORED]])
+    guess = torch.tensor([[0, 1, 1, 1], [2, 0, 3, 0]])
+    scores.update({"labels": guess}, {"labels": truth})
+    assert scores.compute()["miou"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
+
+
+def test_segmentation_averages_sizes_and_flips(monkeypatch):
+    model = create_dense_model("fcn:convnext_atto", recipe("fcn"), 3).eval()
+    sizes = []
+
+    def forward(images):
+        sizes.append(tuple(images[0].shape[1:]))
+        logits = torch.zeros(3, *images[0].shape[1:])
+        logits[1, :, 0] = 9.0  # the left edge, whatever is there
+        return [logits]
+
+    monkeypatch.setattr(model, "forward", forward)
+    multi = recipe("fcn", test_scales="(0.5, 1.0)", test_flip="True", max_size="128")
+    found = evaluation.predict(model, torch.rand(3, 32, 48), multi)
+    assert sizes == [(32, 48), (32, 48), (64, 96), (64, 96)]
+    assert found["labels"].shape == (32, 48)
+    assert (found["labels"][:, [0, -1]] == 1).all() and (found["labels"][:, 10:-10] != 1).all()
+
+
+def test_augmented_boxes_stay_on_their_objects():
+    wide = recipe("mask_rcnn", resize_and_crop="True", vertical_flip="True", max_size="1333")
+    data = shapes("mask_rcnn", number=3)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        image, target = augment_instances(*data[seed % 3], wide)
+        height, width = image.shape[1:]
+        assert target["masks"].shape[1:] == (height, width) and len(target["labels"]) == len(target["boxes"])
+        for (x0, y0, x1, y1), mask in zip(target["boxes"].round().int().tolist(), target["masks"]):
+            inside = mask[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1].sum()
+            assert inside >= 0.98 * mask.sum() and mask.any()
+
+
+def test_a_semantic_crop_is_filled_with_pixels_that_are_ignored():
+    data = shapes("upernet")
+    torch.manual_seed(0)
+    image, target = augment_semantic(*data[0], recipe("upernet", crop="96", min_size="(48,)"))
+    assert image.shape == (3, 96, 96) and target["labels"].shape == (96, 96)
+    assert (target["labels"] == IGNORED).sum() == 96 * 96 - 48 * 48
+    assert image.dtype == torch.float32 and image.max() <= 1
+
+
+def test_batches_depend_on_seed_epoch_and_number_alone():
+    data = shapes("mask_rcnn", number=12)
+    batches = DenseBatches(data, recipe("mask_rcnn"), seed=3)
+    whole = list(batches.epoch(1))
+    (late, _), (other, _) = next(batches.epoch(1, start=2)), next(batches.epoch(2, start=2))
+    assert len(whole) == len(batches) == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole[2][0], late))
+    assert not all(torch.equal(a, b) for a, b in zip(late, other))
+    halves = [next(DenseBatches(data, recipe("mask_rcnn"), 3, rank, 2).epoch(1))[0] for rank in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[0][0], [*halves[0], *halves[1]]))
+    with pytest.raises(ValueError, match="a batch of 4 is more than there is"):
+        DenseBatches(shapes("mask_rcnn", number=3), recipe("mask_rcnn"), 0)
+
+
+@pytest.mark.parametrize("head", ["mask_rcnn", "upernet"])
+def test_a_resumed_run_ends_with_the_same_weights(head, tmp_path, monkeypatch):
+    run = (f"{head}:convnext_atto", recipe(head, epochs="2"), shapes(head, number=8), shapes(head, "val", 2))
+    _, scores = train(*run, tmp_path / "whole", config=PLAIN)
+
+    original = DenseBatches.epoch
+
+    def interrupted(self, epoch=0, start=0):
+        for k, batch in enumerate(original(self, epoch, start)):
+            if epoch * 2 + k == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(DenseBatches, "epoch", interrupted)
+    with pytest.raises(Stopped):
+        train(*run[:1], recipe(head, epochs="3"), *run[2:], tmp_path / "part", config=PLAIN)
+    monkeypatch.setattr(DenseBatches, "epoch", original)
+    longer, _ = train(*run[:1], recipe(head, epochs="3"), *run[2:], tmp_path / "part", resume=True, config=PLAIN)
+    again, _ = train(*run[:1], recipe(head, epochs="3"), *run[2:], config=PLAIN)
+    mine, theirs = longer.state_dict(), again.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {"checkpoint.pt", "best.pt", "log.csv", "summary.json"} <= files
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert {key: summary[key] for key in scores} == scores and summary["model"] == run[0]
+
+
+def test_gradient_accumulation_takes_lists_of_images():
+    data = shapes("mask_rcnn")
+    config = RunConfig(device="cpu", accelerate=False, micro_batch=2)
+    trainer = prepare("mask_rcnn:convnext_atto", recipe("mask_rcnn"), data, config=config)
+    seen = []
+    forward = trainer.model.forward
+    trainer.compiled_model = lambda x, y: seen.append((len(x), len(y))) or forward(x, y)
+    trainer.train_step(*next(trainer.batches.epoch(0)))
+    assert seen == [(2, 2), (2, 2)] and trainer.step == 1
+
+
+def test_layer_decay_is_for_the_backbone():
+    network = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64))
+    scales = learning_rate_scales(torch.nn.Sequential(ConvNeXtFeatures(network), torch.nn.Linear(2, 2)), 0.5)
+    assert scales["1.weight"] == scales["0.norms.0.weight"] == 1.0
+    assert scales["0.network.stages.3.0.gamma"] == 0.5
+    assert scales["0.network.downsample_layers.0.0.weight"] == 0.5**5
+
+
+def test_the_backbone_starts_from_a_checkpoint(tmp_path):
+    source = ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), num_classes=10)
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    model = create_dense_model("mask_rcnn:convnext_atto", recipe("mask_rcnn"), 3, str(tmp_path / "weights.pth"))
+    mine = model.backbone.features.network.state_dict()
+    assert mine and all(torch.equal(value, source.state_dict()[key]) for key, value in mine.items())
+
+
+@pytest.mark.parametrize("name", ["yolo:convnext_atto", "mask_rcnn", "fcn:timm:resnet18"])
+def test_other_networks_are_refused(name):
+    with pytest.raises(ValueError, match=r"it is <head>:<backbone> with a head out of mask_rcnn"):
+        create_dense_model(name, recipe("fcn"), 3)
+
+
+@pytest.mark.parametrize("backbone", ["road:resnet50", "road:convnext"])
+def test_steps_of_the_road_are_backbones(backbone):
+    values = recipes.get("shapes", "mask_rcnn", backbone, ["width_multiplier=0.125", "channels=16", "hidden=32"])
+    model = create_dense_model(f"mask_rcnn:{backbone}", values, 3).eval()
+    assert model([torch.rand(3, 64, 64)])[0]["masks"].shape[1:] == (1, 64, 64)
+
+
+def test_predictions_are_drawn_into_the_users_image(tmp_path, capsys):
+    for head in ("mask_rcnn", "upernet"):
+        data = shapes(head)
+        train(f"{head}:convnext_atto", recipe(head, epochs="1"), data, data, tmp_path / head, config=PLAIN)
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.jpg")
+        (tmp_path / "broken.jpg").write_bytes(b"no image")
+        files = [str(tmp_path / name) for name in ("mine.jpg", "broken.jpg")]
+        checkpoint = str(tmp_path / head / "checkpoint.pt")
+        with pytest.raises(SystemExit) as end:
+            options = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--threshold", "0"]
+            predict.main([*options, *files])
+        assert end.value.code == 1
+        drawn = Image.open(tmp_path / "out" / "mine.png")
+        assert drawn.size == (70, 50)
+        said = capsys.readouterr()
+        assert f"{files[0]}: " in said.out and f"error: {files[1]} cannot be read" in said.err
+
+
+def test_drawings_show_masks_above_the_threshold_only():
+    found = {
+        "boxes": torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.2]),
+        "masks": torch.zeros(2, 40, 40, dtype=torch.bool),
+    }
+    found["masks"][0, :10, :10] = found["masks"][1, 20:30, 20:30] = True
+    drawn = predict.draw(torch.zeros(3, 40, 40, dtype=torch.uint8), found, ("nucleus",))
+    assert drawn[:, 5, 5].any() and not drawn[:, 25, 25].any()
+    assert predict.describe(found, ("disc", "square")) == "1 disc"
+    assert predict.describe({"labels": torch.tensor([[0, 0, 0, 1]])}, ("sky", "road")) == "75% sky, 25% road"
+
+
+@pytest.mark.parametrize("task, head", [("coco", "cascade_mask_rcnn"), ("ade20k", "upernet")])
+def test_commands_for_coco_and_ade20k_pass_a_dry_run(task, head, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_coco(folder) if task == "coco" else write_ade20k(folder, np.full((30, 40), 7), "ab")
+    command = ["--task", task, "--data", str(folder), "--head", head, "--backbone", "convnext_tiny", "--dry-run"]
+    command += ["--device", "cpu", "--output", str(tmp_path / "run"), "--set"]
+    main([*command, *settings(batch_size="2", base_batch="2")])
+    assert "OK: batch" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_command_names_what_is_wrong_with_the_data(tmp_path):
+    options = ["--task", "nuclei", "--data", str(write_nuclei(tmp_path)), "--head", "mask_rcnn", "--dry-run"]
+    options += ["--set", *settings()]
+    write_map(tmp_path / "labels" / "0.png", np.zeros((5, 5)))
+    with pytest.raises(SystemExit, match=r"nuclei train, 8 images: 1 broken\n  .*labels/0.png has 5x5 pixels"):
+        main(options)
+    options[options.index("mask_rcnn")] = "upernet"
+    with pytest.raises(SystemExit, match="nuclei has objects: upernet is not for them"):
+        main(options)
+
+
+def test_two_processes_share_batches_and_evaluation(tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "convnext_min.dense.train", "--task", "shapes", "--head", "mask_rcnn", "--device", "cpu"]
+    command += ["--output", str(tmp_path), "--set", *settings(batch_size="32", base_batch="32", epochs="1")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["processes"], summary["micro_batch"], summary["steps"]) == (2, 16, 2)
+    monkeypatch.undo()  # images as large as those of the other processes
+    model, state = predict.load_model(tmp_path / "checkpoint.pt")
+    scores = evaluation.evaluate(model, datasets.shapes("val"), state["recipe"])
+    assert {key: summary[key] for key in scores} == pytest.approx(scores, abs=1e-3)
