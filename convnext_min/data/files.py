@@ -38,11 +38,12 @@ TRANSPOSE = {
 
 def readable_formats() -> tuple[str, ...]:
     """Return the extensions out of IMAGE_FORMATS that the installed Pillow can decode, with its registered plugins."""
-    missing = [
-        suffix for codec, suffixes in OPTIONAL_CODECS.items() if not features.check(codec) for suffix in suffixes
-    ]
     registered = Image.registered_extensions()
-    return tuple(suffix for suffix in IMAGE_FORMATS if registered.get(suffix) in Image.OPEN and suffix not in missing)
+    known = [suffix for suffix in IMAGE_FORMATS if registered.get(suffix) in Image.OPEN]
+    for codec, suffixes in OPTIONAL_CODECS.items():
+        if any(suffix in known for suffix in suffixes) and not features.check(codec):
+            known = [suffix for suffix in known if suffix not in suffixes]
+    return tuple(known)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def read_image(file: Path | str | IO[bytes], exif_orientation: bool = True, size
     with Image.open(file) as image:
         if size:
             image.draft(None, (size, size))
-        image.load()  # Pillow turns a TIFF itself here, and then removes its orientation
+        image.load()
         rgb = _to_rgb(image)
         turn = TRANSPOSE.get(_orientation(image)) if exif_orientation else None
     return rgb if turn is None else rgb.transpose(turn)
@@ -192,7 +193,9 @@ def decode(path: Path | str, size: int, exif_orientation: bool = True) -> np.nda
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) if there is none or the EXIF data is damaged."""
+    """Return the EXIF orientation; 1 (upright) without or with damaged EXIF data, and for TIFF, which Pillow turns."""
+    if image.format == "TIFF":
+        return 1
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # of many kinds; damaged EXIF data is no reason to lose the image
