@@ -53,6 +53,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def printable(text: str) -> str:
+    """Return `text` with characters that standard output cannot encode written as backslash escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk; until then `path` stays as it was.

@@ -141,12 +141,14 @@ for x, y in batches.epoch():
     assert run.returncode == 1 and "the transform is wrong" in run.stderr
 
 
-def test_workers_outlive_a_signal_to_every_process_of_a_job(image_root):
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="not on Windows")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_workers_outlive_a_signal_to_every_process_of_a_job(image_root, name):
     batches = loader(image_root, "train", replace(RECIPE, batch_size=2, base_batch=2), True, workers=2)
     expected, drawing = drawn(batches), batches.epoch()
     first = next(drawing)
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, getattr(signal, name))
     assert same([first, *drawing], expected)
 
 

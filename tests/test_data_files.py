@@ -12,7 +12,8 @@ from PIL import Image, features
 
 from convnext_min import recipes
 from convnext_min.data import DECODE_ERRORS, decode, disk, image_folder
-from convnext_min.data.files import find_images, printable, read_image, readable_formats
+from convnext_min.data.files import find_images, read_image, readable_formats
+from convnext_min.environment import printable
 
 
 @pytest.fixture

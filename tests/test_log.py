@@ -1,14 +1,17 @@
 """The log of a run, and the batch of a step that failed."""
 
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TINY, new_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convnext_min.train import RunConfig, train
 from convnext_min.train.__main__ import main
+from convnext_min.train.log import wandb_id
 
 
 def run(images, folder, **options):
@@ -51,6 +54,23 @@ def test_weights_and_biases_gets_the_rows_and_the_recipe(images, tmp_path, monke
     assert [(step, values["ema_top1"]) for step, values in rows] == [
         (row["step"], row["ema_top1"]) for row in history.rows
     ]
+
+
+def test_two_folders_of_the_same_name_are_two_runs_of_weights_and_biases(tmp_path):
+    one, other = (wandb_id(tmp_path / parent / "first") for parent in "ab")
+    assert one != other and one.startswith("first-") and one == wandb_id(tmp_path / "a" / "first")
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_keeps_its_row_in_tensorboard(images, tmp_path):
+    def stop(trainer):
+        if trainer.step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path, after_step=stop)
+    run(images, tmp_path, resume=True)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
+    assert [event.step for event in events] == [5, 10, 15]
 
 
 def test_without_its_package_weights_and_biases_is_refused_at_once(tmp_path, monkeypatch):

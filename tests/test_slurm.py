@@ -61,23 +61,30 @@ def test_each_process_gets_its_number_and_the_options(start, tmp_path):
     assert numbers == "9 1 32 node7 20123"
 
 
-@pytest.mark.parametrize("code", [0, 1, 143])
-def test_only_a_run_that_was_asked_to_stop_goes_back_into_the_queue(start, tmp_path, code):
-    assert start(code, "data", "out").wait() == code
-    assert ("scontrol requeue 60123" in (tmp_path / "log").read_text()) == (code == 143)
+@pytest.mark.parametrize("code", [0, 1, 75, 138, 143])
+def test_only_a_job_whose_time_is_up_goes_back_into_the_queue(start, tmp_path, code):
+    """143 follows SIGTERM, as scancel sends it; 138 a SIGUSR1 before the training starts."""
+    assert start(code, "data", "out", REQUEUE_AFTER="0").wait() == code
+    assert ("scontrol requeue 60123" in (tmp_path / "log").read_text()) == (code == 75)
 
 
-def test_a_signal_to_the_script_does_not_end_it_before_the_training(start, tmp_path):
+def test_a_job_too_short_to_train_does_not_go_back_into_the_queue(start, tmp_path):
+    assert start(75, "data", "out").wait() == 75
+    assert "scontrol requeue" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_script_does_not_end_it_before_the_training(start, tmp_path, number):
     (tmp_path / "wait").touch()
-    process = start(143, "data", "out")
+    process = start(75, "data", "out", REQUEUE_AFTER="0")
     while not (tmp_path / "started").exists():
         assert process.poll() is None, "the script ended before the training began"
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3)
     (tmp_path / "wait").unlink()
-    assert process.wait(10) == 143 and "scontrol requeue" in (tmp_path / "log").read_text()
+    assert process.wait(10) == 75 and "scontrol requeue" in (tmp_path / "log").read_text()
 
 
 def test_missing_folders_are_asked_for(start):

@@ -42,7 +42,7 @@ def test_resolution_changes_within_an_epoch_without_losing_or_repeating_a_batch(
 # ---- Runs that are stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", loop.STOP_CODES)
 @pytest.mark.parametrize("stop_at", [5, 8])  # at the end of an epoch, and within one
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(images, tmp_path, number, stop_at):
     arguments = ("convnext_atto", EVERYTHING_RANDOM, images, images.subset(slice(16)))
@@ -219,6 +219,13 @@ def test_a_run_leaves_its_log_its_curve_and_what_it_takes_to_repeat_it(images, t
     printed = capsys.readouterr().out
     assert f"Top-1 {history.top1:.1%} on 40 validation images (EMA weights), " in printed
     assert "Most confused: " in printed
+
+
+def test_a_run_whose_last_step_blows_up_has_no_result(images, tmp_path):
+    recipe = replace(TINY, epochs=1, batch_size=40, base_lr=1e30, warmup=0.0)  # one step
+    with pytest.raises(FloatingPointError, match="outputs are not finite for 40 of 40 images"):
+        train("convnext_atto", recipe, images, images, tmp_path)
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "summary.json").exists()
 
 
 def test_a_network_for_one_size_of_image_says_so(images):

@@ -1,9 +1,11 @@
 """The command `python -m convnext_min.train`."""
 
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +118,42 @@ def test_sigterm_exits_with_a_code_for_the_cluster(folder, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as code:
         main(options(folder, tmp_path / "run", "--save-every", "2"))
     assert code.value.code == 143 and "stopped after step 3, saved in" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="not on Windows")
+@pytest.mark.parametrize(("more", "code"), [((), 75), ((signal.SIGTERM,), 143)], ids=["time is up", "cancelled, too"])
+def test_only_the_end_of_a_jobs_time_asks_to_start_it_again(folder, tmp_path, monkeypatch, more, code):
+    save = loop.CheckpointManager.save
+
+    def save_and_ask(self, trainer, last=False):
+        save(self, trainer, last)
+        if trainer.step == 2:
+            for number in (signal.SIGUSR1, *more):
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(loop.CheckpointManager, "save", save_and_ask)
+    with pytest.raises(SystemExit) as stop:
+        main(options(folder, tmp_path / "run", "--save-every", "2"))
+    assert stop.value.code == code and load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def test_an_output_that_cannot_show_the_class_names_does_not_lose_the_result(tmp_path, monkeypatch):
+    folder_of_images(tmp_path / "data")
+    for path in tmp_path.glob("data/*/class0"):
+        path.rename(path.with_name("猫"))
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    main(options(tmp_path / "data", tmp_path / "run", "--epochs", "1"))
+    output.flush()
+    assert (tmp_path / "run" / "summary.json").exists() and b"Most confused" in output.buffer.getvalue()
+
+
+def test_a_run_on_held_out_images_needs_no_validation_images(tmp_path):
+    shutil.rmtree(folder_of_images(tmp_path / "data") / "val")
+    for number, more in enumerate(((), ("--recipe", "in1k", "--workers", "0"))):
+        output = tmp_path / str(number)
+        main(options(tmp_path / "data", output, "--holdout", "--epochs", "1", *more))
+        assert json.loads((output / "summary.json").read_text())["images"] == 10
 
 
 def test_a_run_begins_with_its_plan_and_warns_of_a_rate_far_above_the_recipes(tmp_path, monkeypatch, capsys):

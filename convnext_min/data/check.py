@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from convnext_min.data.disk import CHUNK
-from convnext_min.data.files import DECODE_ERRORS, printable, read_image
+from convnext_min.data.files import DECODE_ERRORS, read_image
 from convnext_min.data.sources import Folder
+from convnext_min.environment import printable
 
 IMAGENET_1K = {"train": 1_281_167, "val": 50_000}  # images
 

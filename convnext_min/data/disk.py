@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
 
 from convnext_min.data.batches import check_split, split_batch
-from convnext_min.data.files import DECODE_ERRORS, printable, read_image
+from convnext_min.data.files import DECODE_ERRORS, read_image
 from convnext_min.data.seeding import seeded
 from convnext_min.data.shards import Shards
 from convnext_min.data.sources import Folder, HuggingFace, Source, Subset
+from convnext_min.environment import printable
 from convnext_min.recipes import Recipe
 
 CHUNK = 32  # images per message from a worker, so that a large batch need not fit into every worker
@@ -151,6 +152,8 @@ def start_worker(number: int) -> None:
         os.setpgrp()
     # A batch system signals every process of a job, once. A second signal comes from the main process at its end.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "SIGUSR1"):  # announces the end of a job's time
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     warnings.filterwarnings("ignore", "Corrupt EXIF", UserWarning)  # frequent in ImageNet, and harmless here
 
 

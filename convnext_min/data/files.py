@@ -2,7 +2,6 @@
 
 import os
 import struct
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,12 +156,6 @@ def _suffix(name: str) -> str:
 def _plural(kind: str, count: int) -> str:
     noun = next(noun for noun in ("file", "folder", "image", "link") if noun in kind.split())
     return kind if count == 1 else kind.replace(noun, f"{noun}s", 1)
-
-
-def printable(text: str) -> str:
-    """Return `text` with characters that standard output cannot encode written as backslash escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 # ---- Decode

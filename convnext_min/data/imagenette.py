@@ -15,9 +15,10 @@ import torch
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm.auto import tqdm
 
-from convnext_min.data.files import class_folders, decode, find_images, printable
+from convnext_min.data.files import class_folders, decode, find_images
 from convnext_min.data.images import ImageSet
 from convnext_min.data.synthetic import synthetic_images
+from convnext_min.environment import printable
 
 WNIDS = {
     "n01440764": "tench",

@@ -1,4 +1,4 @@
-"""What the command lines that train have in common: options for the machine and the output, errors, Ctrl-C."""
+"""Share between command lines that train: the options for the machine and the output, and the end of a run."""
 
 import argparse
 import shlex
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from convnext_min.environment import printable
 from convnext_min.train import distributed
 
 
@@ -47,7 +48,7 @@ def run_command(
     argv: list[str],
     run: Callable[[argparse.Namespace, torch.device], None],
 ) -> None:
-    """Call `run` in each process of the run called `name`. An error ends it in one line, a stop with what continues it.
+    """Call `run` in each process of the run called `name`; print an error in one line, and after a stop how to resume.
 
     Without --output the results go to a new folder in runs/.
     """
@@ -64,8 +65,8 @@ def run_command(
             launcher = "torchrun ... " if distributed.world_size() > 1 else "python "
             command = shlex.join(a for a in argv if a != "--resume")
             command += "" if output_given else f" --output {args.output}"
-            print(f"\n{stop or 'stopped before the first step'}")
-            print(f"To continue: {launcher}-m {module} {command} --resume")
+            print(printable(f"\n{stop or 'stopped before the first step'}"))
+            print(printable(f"To continue: {launcher}-m {module} {command} --resume"))
         sys.exit(getattr(stop, "code", 130))
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from convnext_min.environment import printable
 from convnext_min.train.device import choose_device
 
 
@@ -47,9 +48,9 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
 
 
 def print_once(*values: Any) -> None:
-    """Print on rank 0 only, without delay."""
+    """Print on rank 0 only, without delay; characters that the terminal cannot encode as escapes."""
     if rank() == 0:
-        print(*values, flush=True)
+        print(printable(" ".join(map(str, values))), flush=True)
 
 
 # ---- Communication

@@ -33,6 +33,12 @@ PREDICTIONS = "predictions.npz"  # the predicted and the true class of each vali
 EVAL_BATCH = 64  # images per process
 ONE_REQUEST = 2.0  # seconds within which signals are one request: Ctrl-C reaches a process through torchrun as well
 
+# Signals that ask a run to save and stop, and the exit codes after them; of several signals, the first in this list
+# decides. SIGUSR1 means that a job's time is up: the exit code asks to start the job again (EX_TEMPFAIL).
+STOP_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_CODES[signal.SIGUSR1] = 75
+
 AfterStep = Callable[[Trainer], Any]
 
 
@@ -46,11 +52,11 @@ class History(NamedTuple):
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to stop; `code` is the exit code of the process: 130 after Ctrl-C, 143 after SIGTERM."""
+    """A run was asked to stop by a signal; `code` is the exit code of the process, one of `STOP_CODES`."""
 
-    def __init__(self, message: str, terminated: bool):
+    def __init__(self, message: str, code: int):
         super().__init__(message)
-        self.code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+        self.code = code
 
 
 def train(
@@ -233,7 +239,7 @@ def end_of_epoch(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that no step is interrupted; a later second signal stops at once."""
+    """Collect signals of `STOP_CODES` in a list, so that no step is interrupted; a later second one stops at once."""
     requests, previous, times = [], {}, []
 
     def note(number: int, frame: Any) -> None:
@@ -244,7 +250,7 @@ def stop_requests() -> Iterator[list[int]]:
             signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_CODES:
             previous[number] = signal.signal(number, note)
     try:
         yield requests
@@ -258,7 +264,8 @@ def stop(trainer: Trainer, manager: CheckpointManager, requests: list[int]) -> N
     if trainer.step != manager.saved_step:
         manager.save(trainer, last=True)
     message = f"stopped after step {trainer.step:,}" + (f", saved in {manager.path}" if manager.path else "")
-    raise Stopped(message, any(distributed.all_gather_object(signal.SIGTERM in requests)))
+    received = set().union(*distributed.all_gather_object(requests))
+    raise Stopped(message, next(code for number, code in STOP_CODES.items() if number in received))
 
 
 # ---- The result

@@ -14,6 +14,7 @@ import torch
 from convnext_min import fast, measure, recipes
 from convnext_min.recipes import Recipe
 from convnext_min.train.device import autocast_dtype, choose_device
+from convnext_min.train.distributed import print_once
 from convnext_min.train.models import create_model
 
 IMAGES = {"in1k": 1_281_167, "in22k": 14_197_122, "imagenette": 9_469}  # in training; fine-tuning is on ImageNet-1K
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     speed.add_argument("--images-per-second", type=float, help="training speed of one GPU")
     speed.add_argument("--measure", action="store_true", help="measure that speed on this machine now")
     try:
-        print(from_arguments(parser.parse_args(argv)))
+        print_once(from_arguments(parser.parse_args(argv)))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
