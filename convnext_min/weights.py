@@ -12,6 +12,7 @@ import fnmatch
 import itertools
 import json
 import logging
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -111,11 +112,21 @@ def read_state_dict(
         raise
 
 
-def read_checkpoint(path: Path | str) -> Any:
-    """Return what a `.safetensors` or `torch.save` file holds, on the CPU, without running code that is in it.
+class Ignored:
+    """Stand for an object in a checkpoint that is neither a tensor nor a plain value, such as argparse.Namespace."""
 
-    Raises FileNotFoundError; ValueError for a file that is damaged, of another kind, or needs code; ImportError for a
-    `.safetensors` file if safetensors is not installed.
+    def __new__(cls, *arguments: Any, **options: Any) -> "Ignored":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_checkpoint(path: Path | str) -> Any:
+    """Return the contents of a `.safetensors` or `torch.save` file, on the CPU, without running code that is in it.
+
+    Objects that are neither tensors nor plain values become `Ignored`. Raises FileNotFoundError; ValueError for a file
+    that is damaged or of another kind; ImportError for a `.safetensors` file if safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,12 +135,27 @@ def read_checkpoint(path: Path | str) -> Any:
         require(path.name, "weights")
         from safetensors.torch import load_file as read
     else:
-        read = partial(torch.load, map_location="cpu", weights_only=True)
+        read = _read_torch
     try:
         return read(path)
     except Exception as error:  # of many kinds, depending on where the file is cut off
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         raise ValueError(f"{path} is damaged, or not a file of weights alone ({reason})") from error
+
+
+def _read_torch(path: Path) -> Any:
+    """Return the contents of a `torch.save` file. PyTorch does not compare the checksums in it, so this does."""
+    ignored = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
+        if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # since PyTorch 2.6
+            ignored = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if not ignored:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([(Ignored, name) for name in ignored]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unwrap(checkpoint: Any, averaged: bool = False) -> State:

@@ -3,6 +3,8 @@
 import csv
 import errno
 import os
+import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +18,11 @@ from convnext_min.train.checkpoint import (
     CheckpointManager,
     list_checkpoints,
     load_checkpoint,
-    read_file,
     save_checkpoint,
 )
 from convnext_min.train.evaluation import Evaluation
 from convnext_min.train.predict import load_model
+from convnext_min.weights import read_checkpoint
 
 
 def steps(folder):
@@ -41,6 +43,28 @@ full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device
 def test_the_newest_checkpoints_stay(images, tmp_path, keep, left):
     run(images, tmp_path, config=RunConfig(keep=keep))
     assert steps(tmp_path) == left
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_checkpoint_is_never_missing(tmp_path, monkeypatch, links):
+    path, present = tmp_path / "checkpoint.pt", []
+    save_checkpoint({"step": 1}, path, keep=2)
+    save_checkpoint({"step": 2}, path, keep=2)
+    rename = Path.replace
+
+    def note(self, target):
+        rename(self, target)
+        present.append(path.exists())
+
+    def refuse(*_):
+        raise OSError("no hard links")
+
+    monkeypatch.setattr(Path, "replace", note)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    save_checkpoint({"step": 3}, path, keep=2)
+    assert [read_checkpoint(file)["step"] for file in list_checkpoints(path)] == [3, 2]
+    assert all(present)
 
 
 def test_checkpoints_are_written_between_the_ends_of_epochs(images, tmp_path, monkeypatch):
@@ -103,22 +127,67 @@ def crash():
     raise RuntimeError("power failure")
 
 
-@pytest.mark.parametrize("damage", ["cut off", "missing"])
+@pytest.mark.parametrize("damage", ["cut off", "missing", "zeros"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(images, tmp_path, capsys, damage):
     whole = run(images, tmp_path / "whole", EVERYTHING_RANDOM)
     with pytest.raises(RuntimeError):
         run(images, tmp_path / "run", EVERYTHING_RANDOM, after_step=at_step(12, crash))
     newest, before = (tmp_path / "run" / name for name in ("checkpoint.pt", "checkpoint.1.pt"))
-    newest.write_bytes(newest.read_bytes()[:3000]) if damage == "cut off" else newest.unlink()
+    contents = newest.read_bytes()
+    middle = len(contents) // 2
+    if damage == "missing":
+        newest.unlink()
+    else:
+        zeroed = contents[:middle] + bytes(64) + contents[middle + 64 :]
+        newest.write_bytes(contents[:3000] if damage == "cut off" else zeroed)
     resumed = run(images, tmp_path / "run", EVERYTHING_RANDOM, resume=True)
-    said = f"{newest} is damaged" if damage == "cut off" else f"there is no {newest}"
+    said = f"there is no {newest}" if damage == "missing" else f"{newest} is damaged"
     out = capsys.readouterr().out
     assert said in out and f"resuming from {before}, step 5" in out and "continuing at step 5" in out
     assert equal(whole.model.state_dict(), resumed.model.state_dict())
     assert steps(tmp_path / "run") == [15, 10]
-    assert (tmp_path / "run" / "checkpoint.broken").exists() == (damage == "cut off")  # it has pushed out no good one
+    assert (tmp_path / "run" / "checkpoint.broken").exists() == (damage != "missing")  # it has pushed out no good one
     with open(tmp_path / "run" / "log.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15"]
+
+
+def test_a_flipped_bit_is_found_or_does_no_harm(images, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run(images, tmp_path, replace(TINY, epochs=1))
+    contents, right = path.read_bytes(), load_checkpoint(path)
+    bits, found = random.Random(0), 0
+    for _ in range(60):
+        flipped = bytearray(contents)
+        flipped[bits.randrange(len(flipped))] ^= 1 << bits.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            found += 1
+        else:
+            assert equal(state["weights"], right["weights"]) and equal(state["ema"], right["ema"])
+            assert str(state["optimizer"]) == str(right["optimizer"])
+    assert found >= 30
+
+
+def test_weights_without_optimizer_state_cannot_be_resumed(images, tmp_path):
+    run(images, tmp_path / "run", replace(TINY, epochs=1))
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "run" / "best.pt", tmp_path / "copy" / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt has weights but no optimizer state, as best\.pt.*--finetune"):
+        run(images, tmp_path / "copy", replace(TINY, epochs=1), resume=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved(images, tmp_path):
+    def poison(trainer):
+        if trainer.step == 10:
+            trainer.model.head.weight.data[0] = float("inf")
+
+    recipe = replace(TINY, evaluate_every=0, ema_decay=0.0)
+    with pytest.raises(FloatingPointError, match="the weights are not finite after step 10, so they are not saved"):
+        run(images, tmp_path, recipe, after_step=poison)
+    assert steps(tmp_path) == [5]
 
 
 def test_if_all_checkpoints_are_damaged_all_are_named(images, tmp_path):
@@ -139,7 +208,7 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint({"weights": {}, "step": 2}, path)
-    assert read_file(path)["step"] == 1
+    assert read_checkpoint(path)["step"] == 1
 
 
 def test_a_checkpoint_that_is_cut_off_or_something_else_is_named(tmp_path):

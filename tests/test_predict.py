@@ -1,4 +1,7 @@
+import argparse
+import io
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +11,12 @@ from PIL import Image
 from torch import nn
 
 from convnext_min import recipes
+from convnext_min.convnext import ConvNeXt
 from convnext_min.data import disk, synthetic_images
+from convnext_min.formats import convert
 from convnext_min.recipes import Recipe
 from convnext_min.train import create_model, predict, train
+from convnext_min.train.checkpoint import load_checkpoint
 
 RECIPE = Recipe(
     epochs=8,
@@ -66,8 +72,9 @@ def test_probabilities_of_all_classes_add_up_and_fall(trained, capsys):
 
 
 def test_averaged_weights_are_used_where_there_are_any(trained):
-    model, state = predict.load_model(trained[0])
-    assert not model.training
+    model, recipe, classes = predict.load_model(trained[0])
+    state = load_checkpoint(trained[0])
+    assert not model.training and recipe == RECIPE and classes == state["classes"]
     assert torch.equal(model.head.weight, state["ema"]["head.weight"])
     assert not torch.equal(model.head.weight, state["weights"]["head.weight"])
 
@@ -97,7 +104,7 @@ def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
         cut.write_bytes(file.read(3000))
     weights = tmp_path / "weights.pt"
     torch.save({"weights": {}}, weights)
-    wrong = ((cut, "is damaged"), (tmp_path / "none.pt", "there is no checkpoint"), (weights, "is not a checkpoint"))
+    wrong = ((cut, "is damaged"), (tmp_path / "none.pt", "there is no checkpoint"), (weights, "no weights"))
     for path, reason in wrong:
         code, _, _ = run(capsys, "--checkpoint", str(path), trained[1][0])
         assert code.startswith("error: ") and str(path) in code and reason in code
@@ -124,3 +131,25 @@ def test_a_photograph_is_turned_upright_unless_the_recipe_says_otherwise(trained
             predict.predict_file(model, Path(path), recipe) for path in (files[0], tmp_path / "turned.png")
         )
         assert upright.equal(turned) == on
+
+
+@pytest.mark.parametrize("library", ["official", "timm", "torchvision"])
+def test_a_file_of_weights_alone_predicts_numbers_of_classes(trained, tmp_path, capsys, library):
+    network = ConvNeXt(num_classes=5, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), layer_scale_init_value=1.0).eval()
+    torch.save({"state_dict": convert(network.state_dict(), library), "args": argparse.Namespace()}, tmp_path / "w.pth")
+    code, out, _ = run(capsys, "--checkpoint", str(tmp_path / "w.pth"), "--top", "1", trained[1][0])
+    recipe = recipes.get("in1k", model="convnext_tiny")
+    right = predict.predict_file(network, Path(trained[1][0]), recipe).argmax().item()
+    assert code == 0 and out.splitlines()[1].endswith(f"%  {right}")
+
+
+def test_class_names_that_the_terminal_cannot_show_are_escaped(trained, tmp_path, monkeypatch):
+    state = load_checkpoint(trained[0])
+    names = tuple(f"猫{i}" for i in range(10))
+    torch.save(state | {"classes": names}, tmp_path / "cats.pt")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["--checkpoint", str(tmp_path / "cats.pt"), trained[1][0]])
+    output.flush()
+    assert stop.value.code == 0 and output.buffer.getvalue().count(rb"\u732b") == 3

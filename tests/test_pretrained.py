@@ -1,6 +1,8 @@
 """Where fine-tuning starts: whose weights, and what becomes of the classifier."""
 
+import argparse
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from safetensors.torch import save_file
 
 from convnext_min.convnext import ConvNeXt
 from convnext_min.data import ImageSet
+from convnext_min.formats import convert
 from convnext_min.train import train
 from convnext_min.train.pretrained import Start, load_start
-from convnext_min.weights import convert
 
 SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 
@@ -53,14 +55,56 @@ def test_other_classes_get_the_classifier_that_the_recipe_builds(run, classes):
     assert new.std().item() == pytest.approx(0.001 * 0.02, rel=0.3)
 
 
-def test_an_official_release_is_read(tmp_path):
-    release = ConvNeXt(num_classes=21, **SIZES).state_dict()
-    torch.save({"model": release}, tmp_path / "convnext_22k.pth")
+def prefixed(weights, prefix):
+    return {f"{prefix}{key}": value for key, value in weights.items()}
+
+
+# How training scripts save weights, and the options that find them.
+FORMATS = {
+    "plain": (lambda weights: weights, {}),
+    "official": (lambda weights: {"model": weights}, {}),
+    "official with arguments": (
+        lambda weights: {"model": weights, "args": argparse.Namespace(lr=1), "best": Path()},
+        {},
+    ),
+    "lightning": (lambda weights: {"state_dict": prefixed(weights, "model."), "epoch": 3}, {}),
+    "distributed": (lambda weights: {"state_dict": prefixed(weights, "module.")}, {}),
+    "compiled": (lambda weights: {"model": prefixed(weights, "_orig_mod.")}, {}),
+    "official EMA": (lambda weights: {"model": {}, "model_ema": weights}, {"averaged": True}),
+    "EMA of swa_utils": (
+        lambda weights: {"ema": prefixed(weights, "module.") | {"n_averaged": torch.tensor(3)}},
+        {"averaged": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_are_read_as_training_scripts_save_them(tmp_path, name):
+    wrap, options = FORMATS[name]
+    weights = ConvNeXt(num_classes=21, **SIZES).state_dict()
+    torch.save(wrap(weights), tmp_path / "weights.pth")
     network = model(4)
-    load_start(network, Start(tmp_path / "convnext_22k.pth"), tuple("abcd"))
-    assert equal(body(network.state_dict()), body(release))
-    with pytest.raises(ValueError, match=r"convnext_22k\.pth holds no EMA weights: .* model_ema"):
-        load_start(network, Start(tmp_path / "convnext_22k.pth", averaged=True), tuple("abcd"))
+    message = load_start(network, Start(tmp_path / "weights.pth", **options), tuple("abcd"))
+    assert equal(body(network.state_dict()), body(weights)) and "the classifier is new, for 4 classes" in message
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('ran')",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    weights = ConvNeXt(num_classes=4, **SIZES).state_dict()
+    torch.save({"model": weights, "hook": Evil()}, tmp_path / "weights.pth")
+    network = model(4)
+    load_start(network, Start(tmp_path / "weights.pth"), tuple("abcd"))
+    assert equal(network.state_dict(), weights)
+
+
+def test_averaged_weights_that_are_not_there_are_named(tmp_path):
+    torch.save({"model": ConvNeXt(num_classes=21, **SIZES).state_dict()}, tmp_path / "convnext_22k.pth")
+    with pytest.raises(ValueError, match=r"convnext_22k\.pth holds no EMA weights: .* under ema, model_ema"):
+        load_start(model(4), Start(tmp_path / "convnext_22k.pth", averaged=True), tuple("abcd"))
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
@@ -109,7 +153,7 @@ def test_weights_of_another_model_are_refused_by_name(run, tmp_path):
     with pytest.raises(ValueError, match=r"more\.pt does not fit this model: unexpected keys extra\.weight"):
         load_start(model(10), Start(tmp_path / "more.pt"), classes)
     torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list\.pt holds no weights"):
+    with pytest.raises(ValueError, match=r"list\.pt holds no weights: a checkpoint holds a dictionary, this one list"):
         load_start(model(10), Start(tmp_path / "list.pt"), classes)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load_start(model(10), Start(tmp_path / "none.pt"), classes)

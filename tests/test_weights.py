@@ -188,7 +188,7 @@ class Evil:
         ({"model": [1]}, r"no weights under weights, model, .*; it has model"),
         ([1], "holds a dictionary, this one list"),
         ({}, "has no weights"),
-        ({"model": Evil()}, "not a file of weights alone"),
+        ({"model": Evil()}, "no weights under weights, model, "),
     ],
     ids=["no tensors", "list", "empty", "code"],
 )

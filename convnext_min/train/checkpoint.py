@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,6 +16,7 @@ import torch
 
 from convnext_min.environment import atomic_write
 from convnext_min.train import distributed
+from convnext_min.weights import read_checkpoint
 
 if TYPE_CHECKING:
     from convnext_min.train.trainer import Trainer
@@ -50,7 +52,7 @@ def _copy(path: Path, copy: Path) -> None:
     try:
         os.link(path, copy)
     except OSError:  # a file system without hard links
-        path.replace(copy)
+        shutil.copyfile(path, copy)
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -87,18 +89,14 @@ def _check_resumable(state: dict[str, Any], path: Path) -> None:
         )
 
 
-def read_file(path: Path | str) -> Any:
-    """Return the tensors and plain values in a file of `torch.save`, on the CPU.
+def is_run(contents: Any) -> bool:
+    """Return True if the contents of a file are a checkpoint of a run, complete or without the state to resume it."""
+    return isinstance(contents, dict) and {"weights", "ema", "model", "recipe", "classes"} <= contents.keys()
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind; both name the file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, depending on the damage
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        raise ValueError(f"{path} is damaged, or not a checkpoint of convnext_min.train ({reason})") from error
+
+def is_finite(state: dict[str, Any]) -> bool:
+    """Return True if all weights and EMA weights of a checkpoint are finite."""
+    return all(bool(value.isfinite().all()) for key in ("weights", "ema") for value in (state[key] or {}).values())
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -106,8 +104,8 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind; both name the file.
     """
-    state = read_file(path)
-    if not isinstance(state, dict) or not {"weights", "ema", "model", "recipe", "classes"} <= state.keys():
+    state = read_checkpoint(path)
+    if not is_run(state):
         raise ValueError(f"{path} is not a checkpoint of convnext_min.train")
     return state
 
@@ -132,11 +130,19 @@ class CheckpointManager:
         return steps >= self.steps or seconds >= self.seconds
 
     def save(self, trainer: Trainer, last: bool = False) -> None:
-        """Write a checkpoint. A failed write is only a warning unless `last` is true; then it raises OSError."""
+        """Write a checkpoint. A failed write is only a warning unless `last` is true; then it raises OSError.
+
+        Raises FloatingPointError, and keeps the checkpoints before, if a weight is not finite.
+        """
         self.start(trainer)
         if self.path is None:
             return
         state, failure = trainer.state_dict(), ""
+        if not distributed.broadcast_object(is_finite(state)):
+            raise FloatingPointError(
+                f"the weights are not finite after step {trainer.step}, so they are not saved; a lower base_lr or "
+                "clip_grad=1.0 may help"
+            )
         if distributed.rank() == 0:
             try:
                 save_checkpoint(state, self.path, self.keep)

@@ -3,31 +3,42 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convnext_min import data
+from convnext_min import data, recipes
 from convnext_min.data import Batches, ImageSet, disk
 from convnext_min.data.files import read_image
-from convnext_min.recipes import Recipe
-from convnext_min.train.checkpoint import load_checkpoint
+from convnext_min.environment import printable
+from convnext_min.recipes import Recipe, complete
+from convnext_min.train.checkpoint import is_run
 from convnext_min.train.models import create_model
+from convnext_min.weights import load, read_checkpoint
 
 
-def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network of a run's checkpoint, in eval mode and with the EMA weights if any, and the checkpoint.
+def load_model(checkpoint: Path | str) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
+    """Return the network of a checkpoint in eval mode, the recipe to prepare images by, and the names of the classes.
 
-    Raises FileNotFoundError, or ValueError for a file of another kind or a network that was not created by name.
+    A run's checkpoint has them all, and its EMA weights are taken if there are any. Other files of weights, in the
+    formats of `convnext_min.load`, are a ConvNeXt of ImageNet's image size; their classes are numbers. Raises
+    FileNotFoundError, or ValueError for a damaged file, another network, or one that was not created by name.
     """
-    state = load_checkpoint(checkpoint)
+    contents = read_checkpoint(checkpoint)
+    if not is_run(contents):
+        try:
+            model = load(contents)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from None
+        classes = tuple(map(str, range(model.head.out_features))) if isinstance(model.head, nn.Linear) else ()
+        return model.eval(), recipes.get("in1k", model="convnext_tiny"), classes
     try:
-        model = create_model(state["model"], Recipe(**state["recipe"]), len(state["classes"]))
+        recipe = Recipe(**complete(contents["recipe"]))
+        model = create_model(contents["model"], recipe, len(contents["classes"]))
     except (TypeError, ValueError) as error:  # a class from a notebook; a recipe of another version
         raise ValueError(f"the network in {checkpoint} cannot be created: {error}") from error
-    model.load_state_dict(state["ema"] or state["weights"])
-    return model.eval(), state
+    model.load_state_dict(contents["ema"] or contents["weights"])
+    return model.eval(), recipe, tuple(contents["classes"])
 
 
 @torch.no_grad()
@@ -57,17 +68,17 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
 def main(argv: list[str] | None = None) -> None:
     """Print the likeliest classes of each image; name images that cannot be read, and then exit with code 1."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.train.predict", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run, or a file of ConvNeXt weights")
     parser.add_argument("--top", type=int, default=3, help="number of classes to print per image")
     parser.add_argument("images", nargs="+", help="image files")
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top must be 1 or more, got {args.top}")
     try:
-        model, state = load_model(args.checkpoint)
+        model, recipe, classes = load_model(args.checkpoint)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    recipe, failures = Recipe(**state["recipe"]), 0
+    failures = 0
     for path in args.images:
         probabilities = predict_file(model, Path(path), recipe)
         if probabilities is None:
@@ -75,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
             reason = "cannot be read as an image" if Path(path).is_file() else "is not a file"
             print(f"error: {path} {reason}", file=sys.stderr)
             continue
-        print(path)
+        print(printable(path))
         for probability, label in zip(*probabilities.topk(min(args.top, len(probabilities)))):
-            print(f"  {probability:6.1%}  {state['classes'][label]}")
+            print(printable(f"  {probability:6.1%}  {classes[label]}"))
     sys.exit(1 if failures else 0)
 
 

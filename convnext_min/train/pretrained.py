@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convnext_min.convnext import ConvNeXt
 from convnext_min.formats import to_official
 from convnext_min.isotropic import ConvNeXtIsotropic
+from convnext_min.train.checkpoint import is_run
 from convnext_min.weights import read_checkpoint, unwrap
 
 
@@ -36,7 +37,7 @@ def load_start(model: nn.Module, start: Start, classes: tuple[str, ...]) -> str:
     """
     weights, old_classes = read_weights(start.path, start.averaged)
     if isinstance(model, (ConvNeXt, ConvNeXtIsotropic)):
-        weights = to_official(weights)
+        weights = rename(weights, start.path)
     expected = model.state_dict()
     keys = [key for key in classifier_keys(model) if key in weights]
     message = "its classifier is kept"
@@ -50,6 +51,14 @@ def load_start(model: nn.Module, start: Start, classes: tuple[str, ...]) -> str:
     check_keys(weights, expected, start.path)
     model.load_state_dict(weights)
     return f"{'EMA ' * start.averaged}weights from {start.path}; {message}"
+
+
+def rename(weights: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """Return a ConvNeXt's weights with the keys of the official release. Raises ValueError for another network."""
+    try:
+        return to_official(weights)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this model: {error}") from None
 
 
 def classifier_keys(model: nn.Module) -> list[str]:
@@ -86,7 +95,7 @@ def read_weights(path: Path | str, averaged: bool = False) -> tuple[dict[str, Te
         weights = unwrap(checkpoint, averaged)
     except ValueError as error:
         raise ValueError(f"{path} holds no {'EMA ' * averaged}weights: {error}") from None
-    return weights, tuple(checkpoint["classes"]) if "classes" in checkpoint else None
+    return weights, tuple(checkpoint["classes"]) if is_run(checkpoint) else None
 
 
 def read_class_map(path: Path | str, new: int, old: int) -> Tensor:
