@@ -1,6 +1,7 @@
 """Images of Imagenette come from a folder, the cache or a download, and damaged ones are left out by name."""
 
 import functools
+import io
 import shutil
 import sys
 import tarfile
@@ -45,6 +46,11 @@ def test_a_given_folder(root, capsys):
     red, blue = train.images[0].float().mean((1, 2)), train.images[-1].float().mean((1, 2))
     assert red[0] > 240 > 20 > red[2] and blue[2] > 240 > 20 > blue[0]
     assert capsys.readouterr().out.count("Data: data from the given path") == 1
+
+
+def test_a_folder_whose_name_the_terminal_cannot_encode_is_read(root, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert len(imagenette("val", root.rename(root.parent / "猫"), 32)) == 4
 
 
 def test_of_several_processes_the_first_prints(root, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convnext_min.data.files import class_folders
+from convnext_min.data.files import class_folders, printable
 
 
 def class_map(source: Sequence[str], target: Sequence[str]) -> list[int]:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.output).write_text("".join(f"{number}\n" for number in numbers))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.output}: {len(numbers):,} classes")
+    print(printable(f"{args.output}: {len(numbers):,} classes"))
 
 
 if __name__ == "__main__":

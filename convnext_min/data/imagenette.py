@@ -83,7 +83,7 @@ def image_folder(root: Path | str, size: int = 160, exif_orientation: bool = Tru
     """
     files = find_images(root)
     if files.left_out:
-        _print_once(printable(files.note()))
+        _print_once(files.note())
     paths, labels = [files.root / path for path in files.paths], torch.from_numpy(files.labels)
     pixels = np.empty((len(paths), size, size, 3), np.uint8)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the interpreter's lock
@@ -165,4 +165,4 @@ def _download(size: int) -> Path | None:
 def _print_once(line: str) -> None:
     """Print `line` once; of several processes that torchrun started, only the first prints."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
