@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from convnext_min.environment import printable
@@ -129,14 +130,10 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 def apply_fsdp(model: nn.Module, device: torch.device) -> nn.Module:
     """Shard the parameters of each block over the processes, in place; a block is gathered while it computes.
 
-    Raises ValueError in a single process and before PyTorch 2.6.
+    Raises ValueError in a single process.
     """
     if world_size() == 1:
         raise ValueError("--fsdp shards the network over processes: start several, with torchrun --nproc-per-node N")
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        raise ValueError(f"--fsdp needs PyTorch 2.6 or newer, this is {torch.__version__}") from None
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for module in [*blocks(model), model]:  # free the gathered weights after each forward pass, in evaluation too
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
