@@ -58,7 +58,8 @@ def test_what_is_wrong_with_instance_maps_is_told_with_the_file(nuclei):
     (nuclei / "images" / "2.png").write_bytes((nuclei / "images" / "2.png").read_bytes()[:40])
     write_image(nuclei / "labels" / "3.png")
     (nuclei / "images" / "5.png").unlink()
-    lines = sorted(datasets.check(datasets.nuclei("train", nuclei)))
+    dataset = datasets.nuclei("train", nuclei)
+    lines = dataset.problems + datasets.check(dataset)
     images, labels = nuclei / "images", nuclei / "labels"
     assert len(lines) == 5
     assert f"{images}/1.png has no label map {labels}/1.png" in lines
@@ -123,8 +124,8 @@ def test_crowds_are_for_evaluation_only(coco):
 def test_images_of_coco_that_are_missing_or_of_another_size(coco):
     (coco / "train2017" / "000000000008.jpg").unlink()
     write_image(coco / "train2017" / "000000000007.jpg", (20, 20))
-    lines = datasets.check(datasets.coco("train", coco))
-    assert lines == [
+    dataset = datasets.coco("train", coco)
+    assert dataset.problems + datasets.check(dataset) == [
         f"{coco}/train2017/000000000008.jpg not found",
         f"{coco}/train2017/000000000007.jpg has 20x20 pixels, but its masks have 40x30",
     ]
@@ -221,3 +222,11 @@ def test_the_command_lists_problems_and_fails(nuclei, capsys):
     with pytest.raises(SystemExit) as end:
         datasets.main(["nuclei", "--data", str(nuclei)])
     assert end.value.code == 1 and "labels/4.png has 5x5 pixels" in capsys.readouterr().out
+
+
+def test_an_image_is_turned_upright_where_it_is_asked_for(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert datasets.read_image(str(tmp_path / "a.jpg")).shape == (3, 30, 40)
+    assert datasets.read_image(str(tmp_path / "a.jpg"), upright=True).shape == (3, 40, 30)

@@ -95,7 +95,7 @@ def test_odd_targets_give_finite_losses_and_gradients(name, boxes):
     losses = model([image(annotation), torch.zeros(3, 64, 64)], [annotation, target()])
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())  # as several processes need
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -282,11 +282,16 @@ def test_drawings_show_masks_above_the_threshold_only():
 def test_commands_for_coco_and_ade20k_pass_a_dry_run(task, head, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
-    write_coco(folder) if task == "coco" else write_ade20k(folder, np.full((30, 40), 7), "ab")
+    if task == "coco":
+        path = write_coco(folder) / "annotations" / "instances_train2017.json"
+        path.write_text(path.read_text().replace('"bbox": [2, 1, 4, 3]', '"bbox": [2, 1, 4, 0]'))
+    else:
+        write_ade20k(folder, np.full((30, 40), 7), "ab")
     command = ["--task", task, "--data", str(folder), "--head", head, "--backbone", "convnext_tiny", "--dry-run"]
     command += ["--device", "cpu", "--output", str(tmp_path / "run"), "--set"]
     main([*command, *settings(batch_size="2", base_batch="2")])
-    assert "OK: batch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "OK: batch" in said and ("annotation 1 has a box without area" in said) == (task == "coco")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 

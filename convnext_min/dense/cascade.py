@@ -136,7 +136,7 @@ def cascade_mask_rcnn(
     features: ConvNeXtFeatures, num_classes: int, *, channels: int = 256, hidden: int = 1024, **settings
 ) -> MaskRCNN:
     """Build Cascade Mask R-CNN; arguments, inputs and outputs are those of `mask_rcnn`."""
-    model = mask_rcnn(features, num_classes, channels=channels, hidden=hidden, **settings)
+    model = mask_rcnn(features, num_classes, channels=channels, hidden=hidden, proposals=2000, **settings)
     one = model.roi_heads
     model.roi_heads = CascadeRoIHeads(
         [

@@ -83,10 +83,13 @@ class DenseDataset(Dataset):
 # ---- Reading
 
 
-def read_image(path: str) -> Tensor:
-    """Return the RGB pixels (3, H, W) in a file, uint8, as stored. Raises ValueError, naming the file, if damaged."""
+def read_image(path: str, upright: bool = False) -> Tensor:
+    """Return the RGB pixels (3, H, W) in a file, uint8, as stored, as its label map is, or turned `upright`.
+
+    Raises ValueError, naming the file, if it is damaged.
+    """
     try:
-        return tv_tensors.Image(pil_to_tensor(files.read_image(path, exif_orientation=False)))  # as its label map is
+        return tv_tensors.Image(pil_to_tensor(files.read_image(path, exif_orientation=upright)))
     except DECODE_ERRORS as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -415,11 +418,8 @@ DATASETS = {"nuclei": nuclei, "camvid": camvid, "coco": coco, "ade20k": ade20k, 
 
 
 def check(dataset: DenseDataset, limit: int | None = None) -> list[str]:
-    """Read the first `limit` examples, or all, and return a line for each one that is broken, naming the file.
-
-    The lines begin with the problems that were found without reading images.
-    """
-    lines = list(dataset.problems)
+    """Read the first `limit` examples, or all, and return a line for each one that is broken, naming the file."""
+    lines = []
     for example in tqdm(dataset.examples[:limit], f"checking {dataset.source}", unit="image", delay=2, disable=None):
         try:
             dataset.read(example)
@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for split in ("train", "val"):
             dataset = DATASETS[args.task](split, args.data)
-            lines = check(dataset)
+            lines = dataset.problems + check(dataset)
             print(f"{dataset.source}: {len(lines)} problems", *lines, sep="\n  ")
             found += len(lines)
     except (OSError, ValueError) as error:

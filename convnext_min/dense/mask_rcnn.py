@@ -18,6 +18,7 @@ def mask_rcnn(
     channels: int = 256,
     hidden: int = 1024,
     anchor_scale: float = 8.0,
+    proposals: int = 1000,
     rois: int = 512,
     detections: int = 100,
     min_size: tuple[int, ...] = (800,),
@@ -31,8 +32,8 @@ def mask_rcnn(
     last one in eval mode, with the longer side at most `max_size`.
 
     The pyramid and the convolutions of the heads have `channels` channels, the box head's linear layers `hidden`.
-    Anchors on the level of stride s have an area of (`anchor_scale` s)^2; `rois` are sampled per image in training,
-    `detections` are kept per image.
+    Anchors on the level of stride s have an area of (`anchor_scale` s)^2; in training `proposals` boxes per
+    image go to the heads and `rois` of them are sampled; in eval mode `detections` are kept.
     """
     model = MaskRCNN(
         with_fpn(features, channels),
@@ -41,7 +42,7 @@ def mask_rcnn(
         rpn_anchor_generator=AnchorGenerator(
             tuple((round(anchor_scale * stride),) for stride in STRIDES), (ASPECT_RATIOS,) * len(STRIDES)
         ),
-        rpn_post_nms_top_n_train=1000,
+        rpn_post_nms_top_n_train=proposals,
         box_head=TwoMLPHead(channels * 7 * 7, hidden),
         box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
         box_batch_size_per_image=rois,

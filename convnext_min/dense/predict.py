@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.io import write_png
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm.auto import tqdm
 
@@ -80,14 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     failures, classes = 0, state["classes"]
     for path in tqdm(args.images, unit="image", disable=None):
         try:
-            image = read_image(path).as_subclass(Tensor)
+            image = read_image(path, upright=True).as_subclass(Tensor)
         except ValueError as error:
             failures += 1
             tqdm.write(f"error: {error}", file=sys.stderr)
             continue
         found = predict(model, image.float() / 255, state["recipe"])
         drawing = Path(args.output) / f"{Path(path).stem}.png"
-        write_png(draw(image, found, classes, args.threshold), str(drawing))
+        to_pil_image(draw(image, found, classes, args.threshold)).save(drawing)
         tqdm.write(f"{path}: {describe(found, classes, args.threshold)}; drawn in {drawing}")
     sys.exit(1 if failures else 0)
 

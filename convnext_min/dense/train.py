@@ -169,19 +169,21 @@ def read_data(task: str, head: str, root: str | None) -> tuple[DenseDataset, Den
 
 
 def check_data(*datasets: DenseDataset) -> None:
-    """Read some images of each data set before hours are spent. Raises ValueError, naming the files that are broken.
+    """Read some images of each data set before hours are spent. Raises ValueError, naming the files, if any is broken.
 
-    Annotations that are left out are only printed.
+    Annotations that were left out are printed.
     """
     for dataset in datasets:
-        broken = check(dataset, CHECKED_IMAGES)
-        for title, lines in (("left out", dataset.problems), ("broken", broken)):
-            rest = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] * (len(lines) > SHOWN_PROBLEMS)
-            text = "\n  ".join([f"{dataset.source}: {len(lines):,} {title}", *lines[:SHOWN_PROBLEMS], *rest])
-            if lines and title == "broken":
-                raise ValueError(text)
-            if lines:
-                print_once(text)
+        if dataset.problems:
+            print_once(list_problems(f"{dataset.source}: {len(dataset.problems):,} left out", dataset.problems))
+        if broken := check(dataset, CHECKED_IMAGES):
+            raise ValueError(list_problems(f"{dataset.source}: {len(broken):,} broken", broken))
+
+
+def list_problems(title: str, lines: list[str]) -> str:
+    """Return a title and the first lines below it."""
+    rest = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] * (len(lines) > SHOWN_PROBLEMS)
+    return "\n  ".join([title, *lines[:SHOWN_PROBLEMS], *rest])
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -203,6 +205,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add_output_arguments(parser)
     add_machine_arguments(parser)
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or more, got {args.seed}")
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run")
     args.set += [f"epochs={args.epochs}", "minutes=None"] * bool(args.epochs)
@@ -225,7 +229,8 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
         wandb=args.wandb,
     )
     name = f"{args.head}:{args.backbone}"
-    create_dense_model(name, recipe, 1, args.pretrained)  # show errors now, not after the images are checked
+    with torch.device("meta"):
+        create_dense_model(name, recipe, 1)  # show errors now, not after the images are checked
     train_set, val_set = read_data(args.task, args.head, args.data)
     check_data(train_set, val_set)
     if args.dry_run:
