@@ -59,6 +59,16 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def data_cache() -> Path:
+    """Return the folder of downloaded data sets, made if necessary. Raises OSError if there is no place for it."""
+    try:
+        folder = Path.home() / ".cache" / "convnext_min"
+    except RuntimeError as error:  # neither HOME nor an entry in the password file
+        raise OSError("there is no home folder to keep a download in") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk; until then `path` stays as it was.

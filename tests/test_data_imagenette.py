@@ -7,6 +7,8 @@ import sys
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -168,3 +170,14 @@ def test_sources_that_are_read_from_the_disk_are_named(source):
         ValueError, match=f"{source} is read from the disk, not into memory: choose a recipe with loader=disk"
     ):
         imagenette("train", source)
+
+
+@pytest.mark.parametrize("home", ["none", "not writable"])
+def test_without_a_place_for_the_download_synthetic_images_stand_in(monkeypatch, tmp_path, capsys, home):
+    if home == "none":
+        monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    else:
+        (tmp_path / "home").touch()  # a file where the folder would be
+    assert imagenette("val", size=32).source.startswith("synthetic images")
+    out = capsys.readouterr().out
+    assert "so synthetic images drawn by code replace Imagenette; set IMAGENETTE_DIR" in out and out.count("\n") == 1

@@ -172,7 +172,7 @@ def test_shapes_are_the_same_each_time_and_their_masks_do_not_overlap():
 
 def test_without_network_shapes_stand_in_and_it_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("NUCLEI_DIR", raising=False)
-    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    monkeypatch.setattr(datasets, "data_cache", lambda: tmp_path)
     monkeypatch.setattr(datasets, "NUCLEI_URL", (tmp_path / "none.zip").as_uri())
     assert datasets.nuclei("train").source == "drawn shapes train, 64 images"
     assert "drawn shapes stand in. Set NUCLEI_DIR" in capsys.readouterr().out
@@ -192,7 +192,8 @@ def test_the_archive_of_nuclei_is_converted_once(monkeypatch, tmp_path):
         for path in raw.rglob("*.png"):
             file.write(path, path.relative_to(raw))
     monkeypatch.delenv("NUCLEI_DIR", raising=False)
-    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(datasets, "data_cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(datasets, "NUCLEI_URL", archive.as_uri())
     with pytest.raises(ValueError, match="the archive has 2 images, expected 334"):
         datasets.nuclei("train")

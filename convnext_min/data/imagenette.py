@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from convnext_min.data.files import class_folders, decode, find_images
 from convnext_min.data.images import ImageSet
 from convnext_min.data.synthetic import synthetic_images
-from convnext_min.environment import printable
+from convnext_min.environment import data_cache, printable
 
 WNIDS = {
     "n01440764": "tench",
@@ -128,7 +128,14 @@ def _find_splits(root: Path, origin: str, splits: tuple[str, ...]) -> Path:
 def _download(size: int) -> Path | None:
     """Return the cached folder of Imagenette at 160 or 320 pixels, after a download if needed; None without network."""
     url, md5 = ARCHIVES[size]
-    cache = Path.home() / ".cache" / "convnext_min"
+    try:
+        cache = data_cache()
+    except OSError as error:
+        _print_once(
+            f"Data: {error}, so synthetic images drawn by code replace Imagenette; "
+            "set IMAGENETTE_DIR to use the real images"
+        )
+        return None
     folder = cache / Path(url).stem
     if folder.is_dir():
         return folder
@@ -143,7 +150,6 @@ def _download(size: int) -> Path | None:
                 "set IMAGENETTE_DIR to use the real images"
             )
             return None
-        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as partial:  # an interrupted download leaves nothing behind
             try:
                 download_and_extract_archive(url, partial, md5=md5)

