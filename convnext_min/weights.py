@@ -101,15 +101,15 @@ def read_state_dict(
     if isinstance(source, Mapping):
         return unwrap(source, averaged)
     if "://" not in str(source):
-        path = Path(source)
-        return unwrap(read_checkpoint(path / "model.safetensors" if path.is_dir() else path), averaged)
+        return unwrap(read_checkpoint(source), averaged)
     path = download(str(source), sha256, progress)
     try:
-        return unwrap(read_checkpoint(path), averaged)
+        checkpoint = read_checkpoint(path)
     except ValueError:
         if not str(source).startswith("file:"):
             path.unlink()  # a page with an error message, for example: download again next time
         raise
+    return unwrap(checkpoint, averaged)
 
 
 class Ignored:
@@ -125,10 +125,13 @@ class Ignored:
 def read_checkpoint(path: Path | str) -> Any:
     """Return the contents of a `.safetensors` or `torch.save` file, on the CPU, without running code that is in it.
 
-    Objects that are neither tensors nor plain values become `Ignored`. Raises FileNotFoundError; ValueError for a file
-    that is damaged or of another kind; ImportError for a `.safetensors` file if safetensors is not installed.
+    Of a folder, Hugging Face's `model.safetensors` or `pytorch_model.bin` is read. Objects that are neither tensors nor
+    plain values become `Ignored`. Raises FileNotFoundError; ValueError for a file that is damaged or of another kind;
+    ImportError for a `.safetensors` file if safetensors is not installed.
     """
     path = Path(path)
+    if path.is_dir():
+        path /= "model.safetensors" if (path / "model.safetensors").is_file() else "pytorch_model.bin"
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
@@ -243,6 +246,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     model that would fit, for all other differences; `model` is then unchanged.
     """
     mine, state, notes = model.state_dict(), dict(state), []
+    if "downsample_layers.0.2.weight" in state.keys() - mine.keys():
+        raise ValueError(
+            "the weights have a stem of overlapping convolutions, which a recipe for small data builds; "
+            "convnext_min.train.predict.load_model(checkpoint) builds their network"
+        )
     stem = "stem.weight" if "stem.weight" in mine else "downsample_layers.0.0.weight"
     if stem in state and stem in mine and state[stem].shape[1] != mine[stem].shape[1]:
         notes.append(f"the stem is adapted from {state[stem].shape[1]} to {mine[stem].shape[1]} input channels")

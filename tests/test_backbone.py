@@ -49,7 +49,7 @@ def test_four_maps_with_their_strides_and_channels(small):
     library="timm",
     way="forward_intermediates",
     direction="in and out",
-    what="equal feature maps (1e-4)",
+    what="equal feature maps, 1e-4",
     models="convnext_nano",
 )
 def test_maps_equal_timms():

@@ -146,7 +146,7 @@ def test_wrong_bytes_without_a_digest_leave_the_cache_when_they_cannot_be_read(s
 
 
 @pytest.mark.compatibility(
-    library="all four", way="URL: http, file", direction="in", what="resumed download", models="small ConvNeXt"
+    library="official", way="URL: http, file", direction="in", what="resumed download", models="small ConvNeXt"
 )
 def test_weights_from_a_server_and_from_a_file_address(serve, tmp_path):
     model = randomize(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=2))
@@ -156,6 +156,9 @@ def test_weights_from_a_server_and_from_a_file_address(serve, tmp_path):
     with torch.inference_mode():
         for url in (f"{address}/file.pth", (tmp_path / "file.pth").as_uri()):
             assert torch.equal(weights.load(url).eval()(images), model(images))
+    with pytest.raises(ValueError, match="no averaged weights"):
+        weights.load(f"{address}/file.pth", averaged=True)
+    assert len(cached()) == 1, "a file that can be read stays"
     with pytest.raises(ValueError, match="SHA-256"):
         download.download((tmp_path / "file.pth").as_uri(), DIGEST)
     with pytest.raises(FileNotFoundError, match="there is no file"):

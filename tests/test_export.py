@@ -82,7 +82,7 @@ def test_torch_export_with_dynamic_batch_and_size(which):
     library="ONNX",
     way="onnxruntime",
     direction="out",
-    what="equal (1e-4), dynamic batch and size",
+    what="equal to 1e-4, dynamic batch and size",
     models="{which}",
 )
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself

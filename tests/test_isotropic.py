@@ -45,7 +45,7 @@ def official(state, images):
     library="official",
     way="state dict",
     direction="in and out",
-    what="isotropic models, equal logits (1e-5)",
+    what="isotropic models, equal logits, 1e-5",
     models="small isotropic",
 )
 @pytest.mark.parametrize("layer_scale", [0.0, 1e-6])

@@ -17,6 +17,8 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, ConvNex
 
 from convnext_min import convnext, formats, isotropic, weights
 from convnext_min.convnext import ConvNeXt
+from convnext_min.recipes import Recipe
+from convnext_min.train import create_model
 
 SIZES = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 SMALL = {**SIZES, "num_classes": 5}
@@ -65,7 +67,7 @@ def empty(build, *arguments):
 
 
 @pytest.mark.compatibility(
-    library="{library}", way="state dict", direction="in and out", what="equal logits (1e-5)", models="{name}"
+    library="{library}", way="state dict", direction="in and out", what="equal logits, 1e-5", models="{name}"
 )
 @pytest.mark.parametrize("library", THEIRS)
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_small"])
@@ -132,7 +134,7 @@ def equal(one, other):
     library="training scripts",
     way="torch.save file",
     direction="in",
-    what="weights stored as: {id}",
+    what="{id}",
     models="small ConvNeXt",
 )
 @pytest.mark.parametrize(
@@ -146,7 +148,15 @@ def equal(one, other):
         (lambda state: {"model": {"other": torch.ones(1)}, "model_ema": state}, True),
         (lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()}, False),
     ],
-    ids=["bare", "official", "lightning", "ours", "ours, averaged", "official, averaged", "wrappers"],
+    ids=[
+        "weights alone",
+        "under 'model'",
+        "under 'state_dict', with the prefix 'model.'",
+        "under 'weights'",
+        "averaged, under 'ema'",
+        "averaged, under 'model_ema'",
+        "prefixes of wrappers",
+    ],
 )
 def test_files_of_training_scripts(small, tmp_path, wrap, averaged):
     torch.save(wrap(small.state_dict()), tmp_path / "file.pth")
@@ -172,9 +182,10 @@ def test_weights_averaged_by_pytorch(small, tmp_path):
 )
 def test_half_precision_weights_are_loaded_into_the_models_precision(small):
     half = {key: value.half() for key, value in small.state_dict().items()}
-    model = weights.load(half)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    torch.testing.assert_close(model.state_dict(), {key: value.float() for key, value in half.items()})
+    for library in formats.FORMATS:
+        model = weights.load(weights.convert(half, library))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        torch.testing.assert_close(model.state_dict(), {key: value.float() for key, value in half.items()})
 
 
 class Evil:
@@ -227,7 +238,7 @@ def test_safetensors_is_named_where_it_is_missing(small, tmp_path, monkeypatch):
     library="transformers",
     way="folder: config.json, model.safetensors",
     direction="in and out",
-    what="equal logits (1e-5), labels",
+    what="equal logits, 1e-5, labels",
     models="small ConvNeXt",
 )
 def test_a_folder_in_hugging_faces_layout(small, tmp_path):
@@ -238,6 +249,11 @@ def test_a_folder_in_hugging_faces_layout(small, tmp_path):
     assert theirs.config.id2label[4] == "emu" and theirs.config.label2id["bee"] == 1
     images = torch.randn(2, 3, 64, 32)
     torch.testing.assert_close(logits(theirs, images), logits(small, images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_older_folder_of_hugging_face(small, tmp_path):
+    torch.save(weights.convert(small.state_dict(), "transformers"), tmp_path / "pytorch_model.bin")
+    assert equal(weights.load(tmp_path).state_dict(), small.state_dict())
 
 
 def test_what_cannot_be_written_in_hugging_faces_layout(small, tmp_path):
@@ -265,16 +281,17 @@ def test_no_layer_scale_is_written_into_the_configuration(tmp_path):
     what="another number of classes, or none",
     models="small ConvNeXt",
 )
-def test_another_number_of_classes_starts_a_new_classifier_and_says_so(small, caplog):
-    model = weights.load(small.state_dict(), num_classes=3)
+@pytest.mark.parametrize("library", formats.FORMATS)
+def test_another_number_of_classes_starts_a_new_classifier_and_says_so(small, library, caplog):
+    state = weights.convert(small.state_dict(), library)
+    body = {key: value for key, value in small.state_dict().items() if not key.startswith("head")}
+    model = weights.load(state, num_classes=3)
     assert caplog.messages == ["the classifier is new: 3 classes, the weights have 5"]
     assert model.head.weight.shape == (3, 32) and model.head.weight.std().item() == pytest.approx(0.02, rel=0.3)
-    body = {key: value for key, value in small.state_dict().items() if not key.startswith("head")}
     assert equal({key: value for key, value in model.state_dict().items() if not key.startswith("head")}, body)
     caplog.clear()
-    features = weights.load(small.state_dict(), num_classes=0)
-    assert equal(features.state_dict(), body) and caplog.messages == []
-    weights.load(body, num_classes=3)
+    assert equal(weights.load(state, num_classes=0).state_dict(), body) and caplog.messages == []
+    weights.load(weights.convert(body, library), num_classes=3)
     assert caplog.messages == ["the classifier is new: 3 classes, the weights have none"]
 
 
@@ -283,10 +300,11 @@ def test_another_number_of_classes_starts_a_new_classifier_and_says_so(small, ca
 )
 @pytest.mark.parametrize("in_chans", [1, 2, 4, 7])
 def test_the_stem_is_adapted_to_other_input_channels_as_timm_does(small, in_chans, caplog):
-    model = weights.load(small.state_dict(), in_chans=in_chans)
     expected = adapt_input_conv(in_chans, small.downsample_layers[0][0].weight)
-    torch.testing.assert_close(model.downsample_layers[0][0].weight, expected)
-    assert caplog.messages == [f"the stem is adapted from 3 to {in_chans} input channels"]
+    for library in formats.FORMATS:
+        model = weights.load(weights.convert(small.state_dict(), library), in_chans=in_chans)
+        torch.testing.assert_close(model.downsample_layers[0][0].weight, expected)
+    assert caplog.messages == [f"the stem is adapted from 3 to {in_chans} input channels"] * 4
 
 
 def test_a_grey_image_gives_the_same_as_its_three_equal_channels(small):
@@ -352,6 +370,14 @@ def test_weights_with_layer_scale_do_not_fit_a_model_without(small):
     plain = ConvNeXt(**SMALL, layer_scale_init_value=0)
     with pytest.raises(ValueError, match=r"have besides stages.*without layer scale \(layer_scale_init_value=0\)$"):
         weights.load_pretrained(plain, small.state_dict())
+
+
+def test_the_stem_of_a_small_data_recipe_is_named(small):
+    recipe = Recipe(stem="overlapping", **SIZES)
+    state = create_model("convnext_atto", recipe, 5).state_dict()
+    for load in (weights.load, lambda state: weights.load_pretrained(small, state)):
+        with pytest.raises(ValueError, match=r"overlapping convolutions.*train\.predict\.load_model\(checkpoint\)"):
+            load(state)
 
 
 # ---- The official release
