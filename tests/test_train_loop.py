@@ -72,6 +72,29 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(images, tmp_path, n
     assert torch.equal(whole.predictions, parts.predictions)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "lamb"])
+def test_runs_with_other_optimizers_resume_bit_for_bit(images, tmp_path, optimizer):
+    def request(trainer):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    run = ("convnext_atto", replace(TINY, epochs=1, optimizer=optimizer, betas=None), images, images)
+    whole = train(*run)
+    with pytest.raises(KeyboardInterrupt):
+        train(*run, tmp_path, after_step=request)
+    assert equal(train(*run, tmp_path, resume=True).model.state_dict(), whole.model.state_dict())
+
+
+def test_a_checkpoint_of_a_smaller_network_is_refused(images, tmp_path):
+    def network(*layers):
+        return nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(), *layers, nn.Linear(8 * 16, 10))
+
+    recipe = replace(TINY, epochs=1)
+    train(network(nn.Identity()), recipe, images, images, tmp_path)
+    with pytest.raises(ValueError, match=r"the checkpoint is of another network: it has no 2\.weight, 2\.bias"):
+        train(network(nn.LayerNorm(8 * 16)), recipe, images, images, tmp_path, resume=True)
+
+
 def test_another_seed_gives_other_weights(images):
     one, two = (train("convnext_atto", replace(TINY, epochs=1), images, images, seed=seed) for seed in (0, 1))
     assert not torch.equal(one.model.head.weight, two.model.head.weight)

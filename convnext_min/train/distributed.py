@@ -175,9 +175,14 @@ def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def load_full_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load whole tensors into `model`, in place; of a sharded model each process takes its shards."""
+    """Load whole tensors into `model`, in place; of a sharded model each process takes its shards.
+
+    Raises ValueError if tensors of the model are missing, which PyTorch would leave as they are.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    if missing := [key for key in model.state_dict() if key not in weights]:
+        raise ValueError(f"the checkpoint is of another network: it has no {', '.join(missing[:3])}")
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
