@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convnext_min.data.files import class_folders, printable
+from convnext_min.data.files import class_folders
+from convnext_min.environment import printable
 
 
 def class_map(source: Sequence[str], target: Sequence[str]) -> list[int]:
