@@ -264,6 +264,7 @@ def test_predictions_are_drawn_into_the_users_image(tmp_path, capsys):
         assert drawn.size == (70, 50)
         said = capsys.readouterr()
         assert f"{files[0]}: " in said.out and f"error: {files[1]} cannot be read" in said.err
+        assert ("Colours: background #0072b2" in said.out) == (head == "upernet")
 
 
 def test_drawings_show_masks_above_the_threshold_only():
@@ -276,6 +277,7 @@ def test_drawings_show_masks_above_the_threshold_only():
     found["masks"][0, :10, :10] = found["masks"][1, 20:30, 20:30] = True
     drawn = predict.draw(torch.zeros(3, 40, 40, dtype=torch.uint8), found, ("nucleus",))
     assert drawn[:, 5, 5].any() and not drawn[:, 25, 25].any()
+    assert len(set(predict.palette(20))) == 20
     assert predict.describe(found, ("disc", "square")) == "1 disc"
     assert predict.describe({"labels": torch.tensor([[0, 0, 0, 1]])}, ("sky", "road")) == "75% sky, 25% road"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.ImageColor import getrgb
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -19,6 +20,7 @@ from convnext_min.dense.datasets import Target, read_image
 from convnext_min.dense.evaluation import predict
 from convnext_min.dense.models import create_dense_model
 from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.dense.upernet import Segmenter
 from convnext_min.train.checkpoint import load_checkpoint
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")  # Okabe and Ito's
@@ -39,16 +41,23 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), state
 
 
+def palette(number: int) -> list[str]:
+    """Return `number` colours, as #rrggbb: `COLORS`, then darker ones."""
+    rgb = [
+        [int(channel * 0.6 ** (i // len(COLORS))) for channel in getrgb(COLORS[i % len(COLORS)])] for i in range(number)
+    ]
+    return ["#{:02x}{:02x}{:02x}".format(*channels) for channels in rgb]
+
+
 def draw(image: Tensor, found: Target, classes: tuple[str, ...], threshold: float = 0.5) -> Tensor:
     """Return an image uint8 (3, H, W) with what `predict` found in it; of objects those scored at least `threshold`."""
     if "boxes" not in found:
         masks = found["labels"] == torch.arange(len(classes), device=found["labels"].device)[:, None, None]
-        colors = [COLORS[i % len(COLORS)] for i in range(len(classes))]
-        return draw_segmentation_masks(image, masks, alpha=0.6, colors=colors)
+        return draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(len(classes)))
     found = {key: value[found["scores"] >= threshold] for key, value in found.items()}
     if not len(found["boxes"]):
         return image.clone()
-    colors = [COLORS[i % len(COLORS)] for i in range(len(found["boxes"]))]
+    colors = palette(len(COLORS)) * (1 + len(found["boxes"]) // len(COLORS))
     names = [f"{classes[label - 1]} {score:.0%}" for label, score in zip(found["labels"], found["scores"])]
     drawn = draw_segmentation_masks(image, found["masks"], alpha=0.5, colors=colors)
     return draw_bounding_boxes(drawn, found["boxes"], names if len(classes) > 1 else None, colors=colors)
@@ -89,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         drawing = Path(args.output) / f"{Path(path).stem}.png"
         to_pil_image(draw(image, found, classes, args.threshold)).save(drawing)
         tqdm.write(f"{path}: {describe(found, classes, args.threshold)}; drawn in {drawing}")
+    if isinstance(model, Segmenter):
+        print("Colours:", ", ".join(f"{name} {color}" for name, color in zip(classes, palette(len(classes)))))
     sys.exit(1 if failures else 0)
 
 
