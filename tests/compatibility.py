@@ -60,7 +60,7 @@ def table(declared: list[list[str]]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("--write-compatibility"):
+    if not config.getoption("--write-compatibility") or hasattr(config, "workerinput"):  # pytest-xdist's processes
         return
     passed = [
         row
@@ -69,9 +69,9 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, row in report.user_properties
         if name == "compatibility"
     ]
+    record = environment()  # before the table changes the working tree
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "compatibility.csv").write_text(table(passed), encoding="utf-8")
-    record = environment()
     record["versions"] |= {name: version(name) for name in LIBRARIES}
     write_json(record, FOLDER / "environment.json")
     terminalreporter.write_line(f"{len(passed)} proofs written to {FOLDER / 'compatibility.csv'}")

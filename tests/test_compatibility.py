@@ -1,6 +1,7 @@
 """The table of compatibility is what the tests declare that are in the repository now."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_the_table_is_current(request):
 
 def test_the_record_names_command_commit_and_versions():
     record = json.loads((FOLDER / "environment.json").read_text())
-    assert record["commit"] and "--write-compatibility" in record["command"]
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "commit first, so that the record names what ran"
+    assert "--write-compatibility" in record["command"]
     assert {"torch", "timm", "torchvision", "transformers", "onnxruntime"} <= record["versions"].keys()
 
 
