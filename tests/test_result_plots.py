@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from convnext_min import recipes
-from convnext_min.book import result_figures, results
+from convnext_min import paper, recipes
+from convnext_min.book import analysis, result_figures, results
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.roadmap import STEPS, build
 
@@ -183,6 +183,19 @@ def test_bars_of_the_road_are_gains_over_resnet50(road):
     assert widths[1] == pytest.approx([0.5 * i for i in range(16)])
     dots = [line for line in here.lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in dots] == [pytest.approx([0.5 * i] * 2) for i in range(16)]
+
+
+def test_a_road_step_without_a_published_row_has_our_numbers_alone(road, monkeypatch):
+    monkeypatch.setattr(paper, "TABLE10", {slug: row for slug, row in paper.TABLE10.items() if slug != "kernel9"})
+    (kernel9,) = result_figures.road_results("kernel9").rows
+    assert kernel9[:2] == ("kernel9", "54.5\xa0±\xa00.0") and kernel9[2].startswith("+0.5 (") and kernel9[3] == ""
+    left, here = result_figures.road_gains().axes
+    row = list(STEPS).index("kernel9")
+    assert row not in [bar.get_y() + bar.get_height() / 2 for bar in left.patches] and len(left.patches) == 15
+    assert here.patches[row].get_width() == pytest.approx(0.5 * row)
+    right = analysis.correct(result_figures.ROAD)
+    assert analysis.sign_agreement(analysis.changes(right)).total == 13  # of 15: kernel11 follows kernel9
+    assert np.isfinite(analysis.rank_agreement(right).value)
 
 
 def test_costs_of_the_road_are_those_of_the_small_networks(road):

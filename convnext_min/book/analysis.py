@@ -1,7 +1,7 @@
 """Statistics of the recorded experiments: accuracies, differences with 95% intervals, and agreement with the paper.
 
 All numbers follow from the predictions of each run for each validation image (predictions.npz of an experiment). An
-interval for a difference is about other runs of the same training, on the same images. Its standard error comes from
+interval for a difference covers other runs of the same training, on the same images. Its standard error comes from
 the scatter between seeds, pooled over all trials of an experiment: two or three seeds alone do not give a useful one.
 """
 
@@ -19,7 +19,7 @@ DRAWS = 2000  # of a simulated distribution
 MARGIN = 1.0  # points; a smaller difference counts as none
 NBSP = "\N{NO-BREAK SPACE}"  # keeps the parts of an interval on one line of a narrow table
 
-Correct = np.ndarray  # bool (seeds, images): whether the run with that seed was right on that image
+Correct = np.ndarray  # bool (seeds, images): True where the prediction is correct
 
 
 class Interval(NamedTuple):
@@ -34,12 +34,12 @@ class Interval(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes zero."""
+        """Return True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     @property
     def negligible(self) -> bool:
-        """Whether the whole interval lies within MARGIN of zero: only then a change "makes no difference"."""
+        """Return True if the whole interval is within MARGIN of zero: only then a change "makes no difference"."""
         return max(abs(self.low), abs(self.high)) < MARGIN
 
 
@@ -61,7 +61,7 @@ class Scatter(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How many of `total` signs agree, and the probability that at least so many would agree by chance."""
+    """The number of signs, out of `total`, that agree, and the probability of at least as many by chance."""
 
     agreeing: int
     total: int
@@ -123,19 +123,21 @@ def _over_images(before: np.ndarray, after: np.ndarray) -> Interval:
 
 
 def changes(right: Mapping[str, Correct]) -> dict[str, Interval]:
-    """Return the change that each step of the road brought, with 95% intervals that hold for all steps at once."""
+    """Return the change of top-1 at each step of the road, with 95% intervals that hold for all steps at once."""
     steps = {step: before for step, before in PREVIOUS.items() if step in right and before in right}
     pooled = scatter(right)
     return {step: difference(right[before], right[step], pooled, len(steps)) for step, before in steps.items()}
 
 
-def published_change(step: str) -> float:
-    """Return the change that a step brought in the paper's Table 10, in points."""
+def published_change(step: str) -> float | None:
+    """Return the change of top-1 at a step of Table 10, in points; None at the start or without both rows."""
+    if step not in PREVIOUS or not {step, PREVIOUS[step]} <= set(paper.TABLE10):
+        return None
     return paper.TABLE10[step].top1 - paper.TABLE10[PREVIOUS[step]].top1
 
 
 def sign_agreement(ours: Mapping[str, Interval]) -> Agreement:
-    """Return how many of our changes, by step of the road, have the sign of the paper's, where the paper's is not 0."""
+    """Return the number of our changes, by step, with the sign of the paper's, where that exists and is not 0."""
     signs = [change.value * published_change(step) > 0 for step, change in ours.items() if published_change(step)]
     chance = binomtest(sum(signs), len(signs), alternative="greater").pvalue
     return Agreement(sum(signs), len(signs), float(chance))
@@ -144,10 +146,10 @@ def sign_agreement(ours: Mapping[str, Interval]) -> Agreement:
 def rank_agreement(right: Mapping[str, Correct]) -> Interval:
     """Return Spearman's rank correlation between our top-1 and the paper's (Table 10), over the steps of the road.
 
-    The interval is that of simulated means: ours with the pooled scatter between seeds, the paper's with its standard
-    deviations, each over the root of the number of seeds.
+    The interval comes from simulated means: ours vary by the pooled scatter between seeds, the paper's by its standard
+    deviations, each divided by the square root of the number of seeds.
     """
-    steps = [step for step in STEPS if step in right]
+    steps = [step for step in STEPS if step in right and step in paper.TABLE10]
     ours = np.array([by_seed(right[step]).mean() for step in steps])
     published = np.array([paper.TABLE10[step].top1 for step in steps])
     pooled = scatter(right)

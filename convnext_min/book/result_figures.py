@@ -1,4 +1,4 @@
-"""Figures and tables of the committed experiments (book/results), beside the paper's where it has the same."""
+"""Figures and tables of the committed experiments (book/results), next to the paper's numbers where it has them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -13,24 +13,30 @@ from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.measure import count_macs
 from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import PREVIOUS, STEPS, build
+from convnext_min.roadmap import STEPS, build
 
 ROAD = "convnext_init/road"  # the experiment that the pages show
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
 NETWORKS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)}
 
 
-def road_results(*slugs: str) -> Table:
-    """Return our top-1 at steps of the road with its spread, and the change that each brought, ours and the paper's.
+def _label(slug: str) -> str:
+    """Return the paper's label of a road step, or the slug itself if Table 10 lacks the step."""
+    return paper.TABLE10[slug].label if slug in paper.TABLE10 else slug
 
-    The intervals hold for all steps of the road at once.
+
+def road_results(*slugs: str) -> Table:
+    """Return our top-1 at steps of the road with its spread, and the change from the step before, ours and the paper's.
+
+    The intervals hold for all steps of the road at once. A step that Table 10 lacks has its slug as its label.
     """
     right = analysis.correct(ROAD)
     changes = analysis.changes(right)
     rows = []
     for slug in slugs or STEPS:
-        published = f"{analysis.published_change(slug):+.2f}" if slug in PREVIOUS else ""
-        rows.append((paper.TABLE10[slug].label, analysis.top1(right[slug]), changes.get(slug, ""), published))
+        change = analysis.published_change(slug)
+        published = "" if change is None else f"{change:+.2f}"
+        rows.append((_label(slug), analysis.top1(right[slug]), changes.get(slug, ""), published))
     seeds = " or ".join(str(count) for count in sorted({len(right[slug]) for slug in slugs or STEPS}))
     return table(("step", f"top-1 (%), {seeds} seeds", "change (95%, all steps)", "paper"), rows)
 
@@ -38,15 +44,16 @@ def road_results(*slugs: str) -> Table:
 def road_gains() -> Figure:
     """Draw the gain of each step over ResNet-50 as bars, the paper's and ours; each of our runs is a dot.
 
-    Our 95% intervals hold for all steps at once.
+    Our 95% intervals hold for all steps at once. A step that Table 10 lacks has no bar on the paper's side.
     """
     right = analysis.correct(ROAD)
     steps = [slug for slug in STEPS if slug in right]
     fig, (left, here) = figure(5.6, 2, sharey=True)
     y = np.arange(len(steps))
-    published = [paper.TABLE10[slug] for slug in steps]
-    gains = [row.top1 - published[0].top1 for row in published]
-    left.barh(y, gains, xerr=[row.std for row in published], height=0.6, color=ORANGE, ecolor=INK)
+    published = {i: paper.TABLE10[slug] for i, slug in enumerate(steps) if slug in paper.TABLE10}
+    gains = [row.top1 - published[0].top1 for row in published.values()]
+    spreads = [row.std for row in published.values()]
+    left.barh(list(published), gains, xerr=spreads, height=0.6, color=ORANGE, ecolor=INK)
     left.set_title("paper, ImageNet")
     first, pooled = right[steps[0]], analysis.scatter(right)
     ours = [analysis.difference(first, right[slug], pooled, len(steps) - 1) for slug in steps]
@@ -56,7 +63,7 @@ def road_gains() -> Figure:
         dots = analysis.by_seed(right[slug]) - analysis.by_seed(first).mean()
         here.plot(dots, np.full(len(dots), row), "o", color="white", mec=INK, markersize=3.5, zorder=3)
     here.set_title("small runs, Imagenette")
-    left.set_yticks(y, [row.label for row in published])
+    left.set_yticks(y, [_label(slug) for slug in steps])
     left.set_ylim(len(steps) - 0.4, -0.6)
     for ax in (left, here):
         ax.set_xlabel("points above ResNet-50")
@@ -69,7 +76,7 @@ def road_gains() -> Figure:
 
 
 def road_costs() -> Figure:
-    """Top-1 of the small runs against MACs, parameters and measured time, a point a step and a line along the road."""
+    """Plot top-1 of the small runs against MACs, parameters and measured time: one point per step, joined in order."""
     right = analysis.correct(ROAD)
     steps = [slug for slug in STEPS if slug in right]
     recipe = RECIPES["road"]
@@ -96,7 +103,7 @@ def road_costs() -> Figure:
     for panel, slug, side in ((0, "depthwise", "left"), (0, "fewer_acts", "center"), (2, "inverted", "right")):
         point = list(costs.values())[panel][steps.index(slug)], top1[steps.index(slug)].mean
         place = {"xytext": (0, -28 if slug == "depthwise" else 9), "textcoords": "offset points", "ha": side}
-        axes[panel].annotate(paper.TABLE10[slug].label, point, **place, fontsize=9)
+        axes[panel].annotate(_label(slug), point, **place, fontsize=9)
     axes[0].margins(y=0.12)
     axes[0].set_ylabel("Imagenette top-1 (%)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
@@ -104,7 +111,7 @@ def road_costs() -> Figure:
 
 
 def recipe_grid() -> Figure:
-    """ResNet-50 and ConvNeXt under the classic and the modern recipe: a point a run, a line through the means."""
+    """Plot ResNet-50 and ConvNeXt with the classic and the modern recipe: a point per run, a line through the means."""
     right = analysis.correct("convnext_init/recipe_by_architecture")
     fig, ax = figure(3.2)
     names = {"road-classic": "classic recipe\n(SGD, steps)", "road": "modern recipe\n(AdamW, cosine)"}
@@ -123,7 +130,7 @@ def recipe_grid() -> Figure:
 
 
 def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
-    """The contestants of `when` over the part of the images, each condition given with its fraction."""
+    """Plot top-1 of each network in data_and_length over the share of the images: (condition, fraction) per point."""
     right = analysis.correct("convnext_init/data_and_length")
     fig, ax = figure(3.2)
     for slug, (label, color) in NETWORKS.items():
@@ -143,7 +150,7 @@ def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
 # Training on Imagenette
 
 Row = dict[str, float | None]  # of a run's log; None where nothing was measured
-Runs = Sequence[tuple[str, str]]  # what a run shows, and its folder in book/results/imagenette
+Runs = Sequence[tuple[str, str]]  # label of a run, and its folder in book/results/imagenette
 
 
 def _numbers(row: Mapping[str, str]) -> Row:
@@ -151,12 +158,12 @@ def _numbers(row: Mapping[str, str]) -> Row:
 
 
 def log(run: str) -> list[Row]:
-    """The log of a run in book/results/imagenette."""
+    """Return the log of a run in book/results/imagenette."""
     return [_numbers(row) for row in results.rows(f"imagenette/{run}/log.csv")]
 
 
 def curves(experiment: str) -> dict[tuple[str, int], list[Row]]:
-    """The log of each run of an experiment, by trial and seed."""
+    """Return the log of each run of an experiment, by (trial, seed)."""
     logs: dict[tuple[str, int], list[Row]] = {}
     for row in results.rows(f"{experiment}/curves.csv"):
         run = row.pop("trial"), int(row.pop("seed"))
@@ -170,22 +177,22 @@ def _gains(right: Mapping[str, analysis.Correct], base: str, trials: Sequence[st
     return {trial: analysis.difference(right[base], right[trial], pooled, len(trials)) for trial in trials}
 
 
-def ablation_gains(trials: Sequence[str], base: str = "plain") -> Figure:
-    """Draw the gain of each trial of small_data_ablation over `base`, sorted: mean, 95% interval, a dot per seed."""
+def ablation_gains(trials: Sequence[str]) -> Figure:
+    """Draw the gain of each trial of small_data_ablation over "plain", sorted: mean, 95% interval, a dot per seed."""
     right = analysis.correct("small_data_ablation")
-    gains = _gains(right, base, trials)
+    gains = _gains(right, "plain", trials)
     order = sorted(trials, key=lambda trial: -gains[trial].value)
     fig, ax = figure(0.8 + 0.27 * len(order))
     for y, trial in enumerate(order):
         value, low, high = gains[trial]
-        by_seed = analysis.by_seed(right[trial]) - analysis.by_seed(right[base]).mean()
+        by_seed = analysis.by_seed(right[trial]) - analysis.by_seed(right["plain"]).mean()
         ax.plot([low, high], [y, y], color=BLUE, alpha=0.3, linewidth=6, solid_capstyle="butt")
         ax.plot(value, y, "|", color=INK, markersize=12, markeredgewidth=1.5)
         ax.plot(by_seed, np.full(len(by_seed), y), "o", color=BLUE, markersize=5)
     ax.axvline(0, color=GREY, linewidth=0.8)
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(len(order) - 0.4, -0.6)
-    ax.set_xlabel("points above the plain recipe, held-out images" if base == "plain" else f"points above {base}")
+    ax.set_xlabel("points above the plain recipe, held-out images")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="y", color="#eeeeee")
@@ -194,7 +201,7 @@ def ablation_gains(trials: Sequence[str], base: str = "plain") -> Figure:
 
 
 def _relative_times(runs: Sequence[Mapping[str, str]], base: str) -> dict[str, float]:
-    """Time of each trial as a multiple of that of `base`: runs of one trial may be from machines of unequal speed."""
+    """Return each trial's CPU time as a multiple of `base`'s, compared per processor: machines differ in speed."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         seconds.setdefault((run["trial"], run["cpu"]), []).append(float(run["cpu_seconds"]))
@@ -206,9 +213,9 @@ def _relative_times(runs: Sequence[Mapping[str, str]], base: str) -> dict[str, f
 
 
 def ablation_table(trials: Sequence[str], base: str = "plain", experiment: str = "small_data_ablation") -> Table:
-    """`base` and other trials of an experiment, sorted by their gain over it: top-1, seeds, gain, time.
+    """Return `base` and other trials of an experiment, sorted by their gain over it: top-1, seeds, gain, time.
 
-    The time is the processor's, as a multiple of what `base` took on the same kind of processor.
+    The time is CPU time, as a multiple of the time of `base` on the same processor model.
     """
     right = analysis.correct(experiment)
     time = _relative_times(results.rows(f"{experiment}/runs.csv"), base)
@@ -221,7 +228,7 @@ def ablation_table(trials: Sequence[str], base: str = "plain", experiment: str =
 
 
 def _timed(runs: Runs) -> dict[tuple[str, str, float], list[tuple[dict, list[Row]]]]:
-    """Summary and log of runs of some minutes, by label, processor and the minutes given."""
+    """Return (summary, log) of each timed run, grouped by (label, processor, minutes)."""
     groups: dict[tuple[str, str, float], list[tuple[dict, list[Row]]]] = {}
     for label, run in runs:
         summary = results.values(f"imagenette/{run}/summary.json")
@@ -231,14 +238,14 @@ def _timed(runs: Runs) -> dict[tuple[str, str, float], list[tuple[dict, list[Row
 
 
 def timed_table(runs: Runs) -> Table:
-    """Runs of some minutes, those with the same label, processor and minutes as one row: top-1, its spread, the length.
+    """Return a row per label, processor and minutes of timed runs: top-1 with its spread, seeds, epochs, steps.
 
-    Raises ValueError for runs that were not judged by the same images.
+    Raises ValueError if the runs were evaluated on different numbers of images.
     """
     groups = _timed(runs)
     images = {summary["images"] for made in groups.values() for summary, _ in made}
     if len(images) > 1:
-        raise ValueError(f"the runs were judged by different numbers of images: {sorted(images)}")
+        raise ValueError(f"the runs were evaluated on different numbers of images: {sorted(images)}")
     rows = []
     for (label, cpu, minutes), made in groups.items():
         top1 = 100 * np.array([summary["top1"] for summary, _ in made])
@@ -250,10 +257,10 @@ def timed_table(runs: Runs) -> Table:
 
 
 def timed_runs(runs: Runs) -> Figure:
-    """Training loss over the minutes of each run, and its top-1 over those it was given.
+    """Plot the training loss of each run over its elapsed minutes, and its top-1 over its time limit.
 
-    A colour for each label; filled dots and solid lines for the first processor, open diamonds and squares and broken
-    lines for two others.
+    Each label has a colour. The first processor has filled dots and solid lines; the next two have open diamonds with
+    dashed lines and open squares with dotted lines.
     """
     fig, (left, right) = figure(3.2, 2)
     groups = _timed(runs)
@@ -284,9 +291,9 @@ def timed_runs(runs: Runs) -> Figure:
 
 
 def benchmark_table(*names: str) -> Table:
-    """The outcomes of speed contests (files of book/results/speed): images a second, and how much faster ours is.
+    """Return the results of speed benchmarks (files of book/results/speed): images per second, and our speed-up.
 
-    Median and range over the rounds; the ratio is of two speeds in the same round.
+    Each is a median and a range over the rounds; the speed-up is the ratio of two speeds in the same round.
     """
     rows = []
     for name in names:
@@ -306,7 +313,7 @@ def benchmark_table(*names: str) -> Table:
 
 
 def confusions(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) -> Figure:
-    """How many images of each class (rows) were given each answer (columns); `labels` and `answers` are (images,)."""
+    """Draw a confusion matrix: true classes in rows, predictions in columns; `labels` and `answers` are (images,)."""
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (labels, answers), 1)
     fig, ax = figure(4.6)
