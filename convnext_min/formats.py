@@ -92,7 +92,7 @@ def recognize(state: Mapping[str, Tensor]) -> str:
     if "stem.weight" in state and "blocks.0.dwconv.weight" in state:
         return "isotropic"
     raise ValueError(
-        f"these are not the weights of a ConvNeXt: the first keys are {first_names(state)}; right would be the keys of "
+        f"these are not the weights of a ConvNeXt: the first keys are {first_names(state)}; expected the keys of "
         "the official release (downsample_layers.0.0.weight and stages.0.0.dwconv.weight; isotropic: stem.weight and "
         "blocks.0.dwconv.weight), timm (stem.0.weight), torchvision (features.0.0.weight) or transformers "
         "(convnext.embeddings.patch_embeddings.weight)"

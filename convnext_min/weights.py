@@ -288,7 +288,7 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def variant_name(sizes: dict[str, Any]) -> str:
-    """Return the name of the model with these sizes, or how it is built if it has none."""
+    """Return the name of the model with these sizes, or the call that builds it if it has none."""
     for name, build in VARIANTS.items():
         if build.keywords == sizes:
             return name
@@ -309,18 +309,18 @@ def _settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _compare(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the weights `state` are not those of a model with the state dict `mine`."""
     differences = {
-        "lack": [key for key in mine if key not in state],
-        "have besides": [key for key in state if key not in mine],
-        "have in another shape": [
-            f"{key} {tuple(state[key].shape)} for {tuple(mine[key].shape)}"
+        "missing keys": [key for key in mine if key not in state],
+        "unexpected keys": [key for key in state if key not in mine],
+        "shape mismatch": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(mine[key].shape)}"
             for key in mine
             if key in state and state[key].shape != mine[key].shape
         ],
     }
     if any(differences.values()):
-        found = "; they ".join(f"{what} {first_names(keys)}" for what, keys in differences.items() if keys)
+        found = "; ".join(f"{what} {first_names(keys)}" for what, keys in differences.items() if keys)
         sizes = [f"{variant_name(infer_sizes(weights))}{_without_gamma(weights)}" for weights in (state, mine)]
-        raise ValueError(f"the weights do not fit: they {found}. They are of {sizes[0]}, the model is {sizes[1]}")
+        raise ValueError(f"the weights do not fit: {found}. They are of {sizes[0]}, the model is {sizes[1]}")
 
 
 def _without_gamma(state: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ def test_the_class_map(image_root, tmp_path, capsys):
     assert class_map(["n3", "n1", "n2"], ["n1", "n3"]) == [1, 0]
     with pytest.raises(ValueError, match=r"1 of 2 classes are not in the list of 2: \['n9'\]"):
         class_map(["n1", "n2"], ["n1", "n9"])
-    with pytest.raises(ValueError, match="1 classes are twice in the list of 3"):
+    with pytest.raises(ValueError, match="1 classes appear twice in the list of 3"):
         class_map(["n1", "n2", "n1"], ["n1"])
     (tmp_path / "all.txt").write_text(f"n00000001\n{WNIDS[1]}\n{WNIDS[0]}\n")
     main([str(tmp_path / "all.txt"), str(image_root / "train"), str(tmp_path / "map.txt")])

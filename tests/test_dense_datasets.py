@@ -150,7 +150,7 @@ def test_ade20k_ignores_zero_and_counts_from_one(tmp_path):
     rows[0, 0] = 151
     write_map(tmp_path / "annotations" / "training" / "a.png", rows)
     (line,) = datasets.check(dataset)
-    assert line == (f"{tmp_path}/annotations/training/a.png has the class 151; right are 1 to 150, and 0 for none")
+    assert line == (f"{tmp_path}/annotations/training/a.png has the class 151; expected 1 to 150, or 0 for none")
 
 
 def test_camvid_has_void(tmp_path, monkeypatch):

@@ -326,7 +326,9 @@ def test_messages_are_seen_without_any_setting():
 def test_a_model_keeps_its_weights_if_others_do_not_fit(small):
     before = {key: value.clone() for key, value in small.state_dict().items()}
     other = ConvNeXt(**{**SMALL, "dims": (8, 16, 24, 40)}).state_dict()
-    with pytest.raises(ValueError, match=r"another shape downsample_layers\.3\.1\.weight \(40, 24, 2, 2\) for \(32"):
+    with pytest.raises(
+        ValueError, match=r"shape mismatch downsample_layers\.3\.1\.weight \(40, 24, 2, 2\) instead of \(32"
+    ):
         weights.load_pretrained(small, other)
     assert equal(small.state_dict(), before)
 
@@ -334,7 +336,7 @@ def test_a_model_keeps_its_weights_if_others_do_not_fit(small):
 MISFITS = {
     "longer": (
         lambda: convnext.convnext_small().state_dict(),
-        r"have besides stages\.2\.9\.gamma.*, \.\.\.\. They are of convnext_small, the model is convnext_tiny$",
+        r"unexpected keys stages\.2\.9\.gamma.*, \.\.\.\. They are of convnext_small, the model is convnext_tiny$",
     ),
     "wider": (
         lambda: convnext.ConvNeXt(dims=(8, 16, 32, 64)).state_dict(),
@@ -342,17 +344,17 @@ MISFITS = {
     ),
     "isotropic": (
         lambda: isotropic.convnext_isotropic_small().state_dict(),
-        r"have besides stem\.weight.* They are of convnext_isotropic_small",
+        r"unexpected keys stem\.weight.* They are of convnext_isotropic_small",
     ),
     "V2": (lambda: timm.create_model("convnextv2_atto").state_dict(), "ConvNeXt V2"),
     "ResNet": (
         lambda: torchvision.models.resnet18().state_dict(),
-        r"not the weights of a ConvNeXt: the first keys are conv1\.weight, bn1\.weight, bn1\.bias, \.\.\.; right",
+        r"not the weights of a ConvNeXt: the first keys are conv1\.weight, bn1\.weight, bn1\.bias, \.\.\.; expected",
     ),
     "MobileNet": (lambda: torchvision.models.mobilenet_v2().state_dict(), r"the first keys are features\.0\.0\.weight"),
     "norm first": (
         lambda: timm.create_model("convnext_tiny_hnf").state_dict(),
-        r"lack norm\.weight, norm\.bias; they have besides norm_pre\.weight",
+        r"missing keys norm\.weight, norm\.bias; unexpected keys norm_pre\.weight",
     ),
 }
 
@@ -368,7 +370,7 @@ def test_weights_that_do_not_fit_are_named_with_what_would(which):
 
 def test_weights_with_layer_scale_do_not_fit_a_model_without(small):
     plain = ConvNeXt(**SMALL, layer_scale_init_value=0)
-    with pytest.raises(ValueError, match=r"have besides stages.*without layer scale \(layer_scale_init_value=0\)$"):
+    with pytest.raises(ValueError, match=r"unexpected keys stages.*without layer scale \(layer_scale_init_value=0\)$"):
         weights.load_pretrained(plain, small.state_dict())
 
 

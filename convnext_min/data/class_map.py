@@ -20,7 +20,7 @@ def class_map(source: Sequence[str], target: Sequence[str]) -> list[int]:
     """
     numbers = {name: number for number, name in enumerate(source)}
     if len(numbers) < len(source):
-        raise ValueError(f"{len(source) - len(numbers)} classes are twice in the list of {len(source)}")
+        raise ValueError(f"{len(source) - len(numbers)} classes appear twice in the list of {len(source)}")
     if missing := [name for name in target if name not in numbers]:
         raise ValueError(f"{len(missing)} of {len(target)} classes are not in the list of {len(source)}: {missing[:5]}")
     return [numbers[name] for name in target]

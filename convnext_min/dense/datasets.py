@@ -1,6 +1,6 @@
-"""Images with objects or classes of pixels: nuclei, CamVid, COCO, ADE20K, and drawn shapes where no data can be had.
+"""Images with objects or classes of pixels: nuclei, CamVid, COCO, ADE20K, and drawn shapes where no data is available.
 
-`python -m convnext_min.dense.datasets coco --data DIR` looks through a folder before hours are spent on it.
+`python -m convnext_min.dense.datasets coco --data DIR` checks a folder before a long run.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class DenseDataset(Dataset):
 
 
 def read_image(path: str, upright: bool = False) -> Tensor:
-    """Return the RGB pixels (3, H, W) in a file, uint8, as stored, as its label map is, or turned `upright`.
+    """Return the RGB pixels (3, H, W) of a file, uint8: as stored, like its label map, or turned `upright`.
 
     Raises ValueError, naming the file, if it is damaged.
     """
@@ -95,7 +95,7 @@ def read_image(path: str, upright: bool = False) -> Tensor:
 
 
 def read_map(path: str) -> Tensor:
-    """Return the numbers (H, W) in a label map, int64. Raises ValueError, naming the file, if it is broken."""
+    """Return the numbers (H, W) in a label map, int64. Raises ValueError, naming the file, if it is damaged."""
     try:
         with Image.open(path) as image:
             labels = torch.from_numpy(np.array(image).astype(np.int64))
@@ -113,7 +113,7 @@ def _same_size(image: Tensor, labels: Tensor, example: Example) -> None:
 
 
 def instances_target(masks: Tensor, labels: Tensor, iscrowd: Tensor | None = None) -> Target:
-    """Return the target of masks (n, H, W) that are not empty; boxes are as tight as can be, one pixel is 1 wide."""
+    """Return the target of masks (n, H, W) that are not empty; boxes are tight; one pixel is 1 wide."""
     boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])
     return {
         "boxes": tv_tensors.BoundingBoxes(boxes.view(-1, 4), format="XYXY", canvas_size=tuple(masks.shape[1:])),
@@ -133,7 +133,7 @@ def read_instance_map(example: Example) -> tuple[Tensor, Target]:
 
 
 class SemanticReader:
-    """Reads an image and a map of classes, whose numbers begin at `first`; those in `ignored` belong to no class."""
+    """Reader of an image and its label map; classes start from `first`, and values in `ignored` have no class."""
 
     def __init__(self, num_classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORED,)):
         self.num_classes, self.first, self.ignored = num_classes, first, ignored
@@ -147,14 +147,14 @@ class SemanticReader:
         if wrong.any():
             last = self.first + self.num_classes - 1
             raise ValueError(
-                f"{example.label} has the class {numbers[wrong][0]}; right are {self.first} to {last}, and "
+                f"{example.label} has the class {numbers[wrong][0]}; expected {self.first} to {last}, or "
                 f"{', '.join(map(str, self.ignored))} for none"
             )
         return image, {"labels": tv_tensors.Mask(labels)}
 
 
 def _paired(images: Path, labels: Path, suffix: str) -> tuple[list[Example], list[str]]:
-    """Return the images of a folder with the label maps of the same names, and a line for each that has no partner."""
+    """Return the images of a folder with the label maps of the same names, and a line per file without a partner."""
     if not images.is_dir() or not labels.is_dir():
         raise FileNotFoundError(f"{images if not images.is_dir() else labels} not found")
     pictures = {path.stem: path for path in sorted(images.glob(f"*{suffix}"))}
@@ -256,7 +256,7 @@ def _exists(images: Path, index: COCO, number: int) -> bool:
 
 
 def _coco_problem(annotation: dict, images: dict, categories: dict) -> str:
-    """Return what is wrong with an annotation of COCO, "" if nothing is."""
+    """Return the problem of a COCO annotation, or "" if it is valid."""
     if annotation.get("image_id") not in images:
         return f"is of the image {annotation.get('image_id')}, which is not listed"
     if annotation.get("category_id") not in categories:
@@ -267,7 +267,7 @@ def _coco_problem(annotation: dict, images: dict, categories: dict) -> str:
 
 
 class CocoReader:
-    """Reads an image of COCO with its objects; an object is left out if its mask has no pixel."""
+    """Reader of a COCO image with its objects; objects with an empty mask are left out."""
 
     def __init__(self, index: COCO, categories: dict[int, int]):
         self.index, self.categories = index, categories
@@ -303,7 +303,7 @@ def shapes(split: str, root: None = None, instances: bool = True, number: int | 
 
 
 def _draw_instances(example: Example) -> tuple[Tensor, Target]:
-    """Draw one to four shapes, later ones in front; an object that is covered wholly is none."""
+    """Draw one to four shapes, later ones in front; fully covered objects are left out."""
     rng, side = np.random.default_rng(example.label), SHAPES_SIZE
     y, x = np.mgrid[:side, :side]
     image = rng.normal(0.5, 0.05, (3, side, side))
@@ -341,7 +341,7 @@ def _required(root: Path | str | None, task: str) -> Path:
 def _folder(
     root: Path | str | None, variable: str, name: str, url: str, convert: Callable[[Path, Path], None]
 ) -> Path | None:
-    """Return the folder of a data set: `root`, the environment's, the cache's or a new download; None offline."""
+    """Return the folder of a data set: `root`, the environment variable's, the cache or a download; None offline."""
     root = root or os.environ.get(variable)
     if root:
         return _required(root, name)
@@ -365,7 +365,7 @@ def _folder(
         finally:
             socket.setdefaulttimeout(timeout)
         if not zipfile.is_zipfile(archive):
-            raise ValueError(f"what {url} gave is no zip archive; set {variable} to a folder of your own")
+            raise ValueError(f"the download from {url} is not a zip archive; set {variable} to a folder of your own")
         with zipfile.ZipFile(archive) as file:
             file.extractall(Path(partial) / "raw")
         convert(Path(partial) / "raw", Path(partial) / "done")
@@ -412,7 +412,7 @@ def convert_camvid(raw: Path, done: Path, expected: tuple[int, ...] = (367, 101,
 def _expect(folder: Path, pattern: str, number: int) -> None:
     found = len(list(folder.glob(pattern)))
     if found != number:
-        raise ValueError(f"the archive has {found} images, expected {number}: it is not the one this was written for")
+        raise ValueError(f"the archive has {found} images, expected {number}: it is not the expected release")
 
 
 DATASETS = {"nuclei": nuclei, "camvid": camvid, "coco": coco, "ade20k": ade20k, "shapes": shapes}
@@ -422,7 +422,7 @@ DATASETS = {"nuclei": nuclei, "camvid": camvid, "coco": coco, "ade20k": ade20k, 
 
 
 def check(dataset: DenseDataset, limit: int | None = None) -> list[str]:
-    """Read the first `limit` examples, or all, and return a line for each one that is broken, naming the file."""
+    """Read the first `limit` examples, or all, and return a line for each damaged one, naming the file."""
     lines = []
     for example in tqdm(dataset.examples[:limit], f"checking {dataset.source}", unit="image", delay=2, disable=None):
         try:
