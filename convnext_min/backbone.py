@@ -15,7 +15,7 @@ from convnext_min.weights import VARIANTS, find, load_pretrained
 
 
 class Backbone(ConvNeXt):
-    """A `ConvNeXt`, with its arguments, keys and weights, that has timm's interface besides.
+    """A `ConvNeXt` with timm's interface; arguments, state-dict keys and weights are those of `ConvNeXt`.
 
     `feature_info` has the channels (`num_chs`) and the stride (`reduction`) of each stage. As in timm,
     `forward_features` returns the last map and `forward_head` pools it. Between `set_grad_checkpointing(True)` and
@@ -76,7 +76,7 @@ class Backbone(ConvNeXt):
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """Return the classifier, `nn.Identity` if there is none."""
+        """Return the classifier, or `nn.Identity` if there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:

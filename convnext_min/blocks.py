@@ -19,7 +19,7 @@ ReLU = partial(nn.ReLU, inplace=True)
 
 
 def projection(in_chans: int, out_chans: int, stride: int, norm: Layer) -> nn.Module:
-    """The shortcut: a strided 1x1 convolution and a norm where the shape changes, else the identity."""
+    """Return the shortcut: a strided 1x1 convolution and a norm where the shape changes, else the identity."""
     if stride == 1 and in_chans == out_chans:
         return nn.Identity()
     conv = nn.Conv2d(in_chans, out_chans, 1, stride, bias=False)
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
 
 
 class DepthwiseBottleneck(nn.Module):
-    """ResNeXt taken to its end: the spatial convolution has as many groups as channels (section 2.3)."""
+    """ResNeXt's block with as many groups as channels: the spatial convolution is depthwise (section 2.3)."""
 
     expansion = 4
 
@@ -180,7 +180,7 @@ class FewerNormsBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Downsampling has left the block, and with it stride and projection: the shortcut is the identity (section 2.6).
+    """No downsampling in the block, so no stride and no projection: the shortcut is the identity (section 2.6).
 
     This is `convnext.Block` in the official code's other formulation, with 1x1 convolutions on (N, C, H, W) and
     without layer scale, which the authors' code of the road leaves off at every step.

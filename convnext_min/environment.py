@@ -23,7 +23,7 @@ def _version(name: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a result depends on besides its recipe: command, commit, versions and machine."""
+    """Return the provenance of a result besides its recipe: command, commit, versions and machine."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git; not in its repository

@@ -1,6 +1,6 @@
 """Measure the cost of a network: multiply-accumulates, parameters, activation memory, throughput.
 
-`python -m convnext_min.measure --road` prints the whole road beside the paper's Tables 10 and 11.
+`python -m convnext_min.measure --road` prints the whole road next to the paper's Tables 10 and 11.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The numbers that the paper publishes (arXiv:2201.03545v2), to print beside ours.
+"""The numbers that the paper publishes (arXiv:2201.03545v2), for comparison with ours.
 
 Top-1 is in percent on ImageNet-1K. The paper's FLOPs are multiply-accumulates, here in units of 1e9 ("GMACs"), for
 images of 224x224 unless a `resolution` says otherwise. Numbers are as printed: the same network may have two values in

@@ -294,8 +294,8 @@ RECIPES = {
         _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
     ),
     # The defaults of timm's training script, for timm:convnext_atto with --no-accelerate: images from the disk, its
-    # crops, cosine after a warm-up, label smoothing. But AdamW, its rate, weight decay and the batch are those of
-    # `imagenette` (the script's default, SGD, is not for ConvNeXt), and colour jitter is off.
+    # crops, cosine after a warm-up, label smoothing. The optimizer (AdamW; the script's default is SGD), its
+    # learning rate, weight decay and batch size are those of `imagenette`, and colour jitter is off.
     "timm": replace(
         _IMAGENETTE,
         minutes=3,

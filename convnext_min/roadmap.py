@@ -16,19 +16,19 @@ from convnext_min.convnext import LayerNorm
 
 
 def resnet_stem(in_chans: int, width: int) -> nn.Sequential:
-    """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max pooling with stride 2: (N, width, H / 4, W / 4)."""
+    """Return ResNet's stem: a 7x7 convolution and 3x3 max pooling, both with stride 2, to (N, width, H / 4, W / 4)."""
     conv = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
     return nn.Sequential(conv, BatchNorm(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
 
 
 def patchify_stem(in_chans: int, width: int) -> nn.Sequential:
-    """One 4x4 convolution with stride 4, nothing after it: (N, width, H / 4, W / 4)."""
+    """Return the patchify stem: one 4x4 convolution with stride 4, to (N, width, H / 4, W / 4)."""
     return nn.Sequential(nn.Conv2d(in_chans, width, 4, 4))
 
 
 @dataclass(frozen=True)
 class Design:
-    """What distinguishes the networks on the road; stage i has `depths[i]` blocks of width `width * 2**i`."""
+    """The choices that distinguish the networks on the road; stage i has `depths[i]` blocks of width `width * 2**i`."""
 
     depths: tuple[int, int, int, int]
     width: int
@@ -128,7 +128,7 @@ class RoadNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to pooled features (N, C)."""
+        """Return the pooled features (N, C) of images (N, 3, H, W)."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
@@ -145,7 +145,7 @@ def build(
     width_multiplier: float = 1.0,
     drop_path_rate: float = 0.0,
 ) -> RoadNet:
-    """The network at step `slug` of the road (Table 10 for regime "resnet50", Table 11 for "resnet200").
+    """Build the network at step `slug` of the road (Table 10 for regime "resnet50", Table 11 for "resnet200").
 
     `width_multiplier` scales the width, rounded to a multiple of 4, for small experiments. Raises ValueError,
     listing what is valid, for an unknown slug or regime and for sizes that leave no channel or class.

@@ -15,7 +15,7 @@ from convnext_min.weights import PRETRAINED, VARIANTS, find, unwrap
 
 
 def _config(name: str, tag: str) -> dict:
-    """Return what timm has to know about the weights `tag` of the variant `name`; without a tag there are none."""
+    """Return timm's configuration of the weights `tag` of the variant `name`, or of no weights without a tag."""
     size = 384 if tag.endswith("384") else 224
     return {
         "url": find(name, tag) if tag else "",

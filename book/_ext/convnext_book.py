@@ -1,4 +1,4 @@
-"""Directives added to Jupyter Book (`step-diff`, `road-table`, `package-tree`), and parts that are removed from it."""
+"""Directives added to Jupyter Book (`step-diff`, `road-table`, `package-tree`), and features that are removed."""
 
 import ast
 import pkgutil
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def resolve(name: str) -> object:
-    """A step of the road by its slug, or anything in the package by its dotted name."""
+    """Return a step of the road by its slug, or anything in the package by its dotted name."""
     return STEPS[name] if name in STEPS else pkgutil.resolve_name(name)
 
 
@@ -100,12 +100,12 @@ class PackageTree(SphinxDirective):
 
 
 def drop_second_search_bar(app, config) -> None:
-    """The theme draws a search bar across the top of every page beside the one in the sidebar."""
+    """Remove the theme's search bar at the top of every page; the sidebar already has one."""
     config.html_theme_options["navbar_persistent"] = []
 
 
 def drop_thebe(app) -> None:
-    """Jupyter Book prepares every page to run its code on a remote kernel, with a remote script; nothing here does."""
+    """Remove Thebe's remote script from every page: no page runs its code on a remote kernel."""
     unwanted = (sphinx_thebe.init_thebe_core, sphinx_thebe.update_thebe_context)
     for listeners in app.events.listeners.values():
         listeners[:] = [listener for listener in listeners if listener.handler not in unwanted]

@@ -1,4 +1,4 @@
-"""Draws the figures that pages and the README show, into the folder of this file: `make figures`."""
+"""Draw the figures of the pages and the README into the folder of this file: `make figures`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ FIGURES = {
 
 
 def draw(folder: Path) -> None:
-    """Write every figure into `folder`, the same bytes for the same code and versions."""
+    """Write every figure into `folder`; the same code and versions give identical files."""
     for name, figure in FIGURES.items():
         figure().savefig(folder / name, metadata={"Date": None})
 

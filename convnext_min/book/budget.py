@@ -1,4 +1,4 @@
-"""How much work a notebook may do, asked once at its top."""
+"""The budget of a notebook: how much work its cells do."""
 
 import os
 
@@ -6,9 +6,9 @@ BUDGETS = ("ci", "quick", "full")
 
 
 def budget_name() -> str:
-    """The budget in force: the environment variable CONVNEXT_MIN_BUDGET, or "quick" where it is not set.
+    """Return the current budget: the environment variable CONVNEXT_MIN_BUDGET, or "quick" if it is not set.
 
-    Raises ValueError if the variable holds anything but "ci", "quick" or "full".
+    Raises ValueError for any value except "ci", "quick" or "full".
     """
     name = os.environ.get("CONVNEXT_MIN_BUDGET", "quick")
     if name not in BUDGETS:
@@ -17,5 +17,5 @@ def budget_name() -> str:
 
 
 def budget(*, ci, quick, full):
-    """The one of the three values that belongs to the budget in force: `budget(ci=2, quick=200, full=2000)`."""
+    """Return the value for the current budget: `budget(ci=2, quick=200, full=2000)`."""
     return {"ci": ci, "quick": quick, "full": full}[budget_name()]

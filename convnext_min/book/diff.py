@@ -1,4 +1,4 @@
-"""What one step of the road changes: the difference between two pieces of the package's code."""
+"""The diff of one step of the road: the difference between two pieces of the package's code."""
 
 import ast
 import difflib
@@ -10,7 +10,7 @@ from functools import partial
 
 
 class StepDiff:
-    """Lines starting with "-" (only in the old), "+" (only in the new), " " (in both) or "⋯" (lines left out).
+    """A diff: lines starting with "-" (only in the old), "+" (only in the new), " " (in both) or "⋯" (lines left out).
 
     A notebook shows it in colour, `print` as plain text.
     """
@@ -35,9 +35,9 @@ class StepDiff:
 
 
 def step_diff(old: object, new: object, context: int = 1) -> StepDiff:
-    """The difference between two classes or functions (by their source), or between two designs (by their fields).
+    """Return the diff of two classes or functions (by their source), or of two designs (by their fields).
 
-    Docstrings are left out: the diff shows what the code does differently. `context` is the number of unchanged
+    Docstrings are left out, so only differences in the code appear. `context` is the number of unchanged
     lines kept around each change. Raises ValueError if there is no difference.
     """
     before, after = _lines(old), _lines(new)

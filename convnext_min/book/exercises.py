@@ -111,7 +111,7 @@ def solved(message: str) -> None:
 
 
 def check_bottleneck_macs(answer) -> None:
-    """Exercise 1.1: MACs of a bottleneck, compared with PyTorch's counter."""
+    """Check exercise 1.1: MACs of a bottleneck, against PyTorch's counter."""
     for width, size in ((64, 56), (80, 20), (512, 7)):
         right = count_macs(blocks.Bottleneck(4 * width, width), size, 4 * width)
         expect(answer(width, size), right, f"bottleneck_macs({width}, {size})", reveal=False)
@@ -119,7 +119,7 @@ def check_bottleneck_macs(answer) -> None:
 
 
 def check_projection_share(answer) -> None:
-    """Exercise 1.2: the fraction of ResNet-50's MACs in its four projection shortcuts at 224 px."""
+    """Check exercise 1.2: the fraction of ResNet-50's MACs in its four projection shortcuts at 224 px."""
     with torch.device("meta"):
         model = build("resnet50")
     convs = [stage[0].shortcut[0] for stage in model.stages]
@@ -129,7 +129,7 @@ def check_projection_share(answer) -> None:
 
 
 def check_learning_rate(answer) -> None:
-    """Exercise 1.3: linear warm-up and half a cosine, compared with the trainer's schedule."""
+    """Check exercise 1.3: linear warm-up and half a cosine, against the trainer's schedule."""
     paper = {"epochs": 300, "warmup": 20, "peak": 4e-3, "end": 1e-6}
     for setting in (paper, {"epochs": 90, "warmup": 5, "peak": 1e-3, "end": 1e-5}):
         epochs, peak = setting["epochs"], setting["peak"]
@@ -141,7 +141,7 @@ def check_learning_rate(answer) -> None:
 
 
 def check_drop_path_rates(answer) -> None:
-    """Exercise 1.4: stochastic depth grows over all blocks, compared with the rates of a built network."""
+    """Check exercise 1.4: stochastic depth grows over all blocks, against the rates of a built network."""
     for depths, rate in (((3, 3, 9, 3), 0.1), ((2, 2, 6, 2), 0.4)):
         built = RoadNet(replace(STEPS["resnet50"], depths=depths, width=4), drop_path_rate=rate)
         rates = answer(depths, rate)
@@ -156,7 +156,7 @@ def check_drop_path_rates(answer) -> None:
 
 
 def check_network_macs(answer) -> None:
-    """Exercise 2.1: MACs of a ResNet of any depths from measured parts, compared with PyTorch's counter."""
+    """Check exercise 2.1: MACs of a ResNet of any depths from measured parts, against PyTorch's counter."""
     for depths in ((3, 4, 6, 3), (3, 3, 9, 3), (2, 2, 2, 2), (1, 8, 5, 1)):
         with torch.device("meta"):
             right = count_macs(RoadNet(replace(STEPS["resnet50"], depths=depths)))
@@ -165,7 +165,7 @@ def check_network_macs(answer) -> None:
 
 
 def check_patchify_linear(answer) -> None:
-    """Exercise 2.2: the patchify stem without a convolution."""
+    """Check exercise 2.2: the patchify stem without a convolution."""
     generator = torch.Generator().manual_seed(0)
     images, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 16, 24), (5, 3, 4, 4), (5,)))
     right = nn.functional.conv2d(images, weight, bias, stride=4)
@@ -174,7 +174,7 @@ def check_patchify_linear(answer) -> None:
 
 
 def check_shift_error(answer) -> None:
-    """Exercise 2.3: how much of a stem's output changes, beyond moving, when the image moves."""
+    """Check exercise 2.3: the relative change of a stem's output, beyond the shift itself, when the image shifts."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 32, generator=generator)
     for slug in ("resnet50", "patchify"):
@@ -193,7 +193,7 @@ def check_shift_error(answer) -> None:
 
 
 def check_grouped_macs(answer) -> None:
-    """Exercise 3.1: MACs of a grouped convolution, compared with PyTorch's counter."""
+    """Check exercise 3.1: MACs of a grouped convolution, against PyTorch's counter."""
     for case in ((64, 64, 56, 3, 1), (96, 96, 14, 3, 96), (32, 48, 7, 5, 8)):
         in_chans, out_chans, size, kernel_size, groups = case
         conv = nn.Conv2d(in_chans, out_chans, kernel_size, padding=kernel_size // 2, groups=groups)
@@ -202,13 +202,13 @@ def check_grouped_macs(answer) -> None:
 
 
 def check_resnext_block(answer) -> None:
-    """Exercise 3.2: ResNeXt-50's (32x4d) block, compared with torchvision's."""
+    """Check exercise 3.2: ResNeXt-50's (32x4d) block, against torchvision's."""
     same(answer, torchvision.models.resnet.Bottleneck(256, 64, groups=32, base_width=4), (2, 256, 14, 14))
     solved("ResNeXt's block is between ResNet's and this chapter's")
 
 
 def check_fold_separable(answer) -> None:
-    """Exercise 3.3: the dense weight that equals a depthwise and then a pointwise convolution."""
+    """Check exercise 3.3: the dense weight that equals a depthwise and then a pointwise convolution."""
     generator = torch.Generator().manual_seed(0)
     for chans, out_chans, k in ((4, 6, 3), (5, 2, 7)):
         x, depthwise, pointwise = (
@@ -225,7 +225,7 @@ def check_fold_separable(answer) -> None:
 
 
 def check_widest(answer) -> None:
-    """Exercise 3.4: the largest base width, a multiple of 4, of a depthwise network within a number of MACs."""
+    """Check exercise 3.4: the largest base width, a multiple of 4, of a depthwise network within a number of MACs."""
     for macs in (1_000_000_000, 4_500_000_000):
         width = answer(macs)
         valid = None if width is None else isinstance(width, int) and width >= 4 and width % 4 == 0
@@ -241,7 +241,7 @@ def check_widest(answer) -> None:
 
 
 def check_shortcut_macs(answer) -> None:
-    """Exercise 4.1: MACs of all projection shortcuts of a design at 224 px, compared with the built layers."""
+    """Check exercise 4.1: MACs of all projection shortcuts of a design at 224 px, against the built layers."""
     for slug in ("patchify", "width", "inverted"):
         with torch.device("meta"):
             model = build(slug)
@@ -256,13 +256,13 @@ def check_shortcut_macs(answer) -> None:
 
 
 def check_mobilenet_block(answer) -> None:
-    """Exercise 4.2: MobileNetV2's inverted residual, compared with torchvision's."""
+    """Check exercise 4.2: MobileNetV2's inverted residual, against torchvision's."""
     same(answer, torchvision.models.mobilenetv2.InvertedResidual(24, 24, stride=1, expand_ratio=4), (2, 24, 14, 14))
     solved("one activation less, and ReLU6 for ReLU")
 
 
 def check_lossless_relu(answer) -> None:
-    """Exercise 4.3: two matrices around a ReLU that together are the identity."""
+    """Check exercise 4.3: two matrices around a ReLU that together are the identity."""
     generator = torch.Generator().manual_seed(0)
     for chans in (3, 16):
         matrices = answer(chans)
@@ -280,7 +280,7 @@ def check_lossless_relu(answer) -> None:
 
 
 def check_dilated_block(answer) -> None:
-    """Exercise 5.1: the reach of a 7x7 kernel at the cost of a 3x3 one."""
+    """Check exercise 5.1: the reach of a 7x7 kernel at the cost of a 3x3 one."""
     for stride in (1, 2):
         block, right = answer(8, 8 * stride, stride), blocks.MovedUpBlock(8, 8 * stride, stride)
         image = torch.zeros(1, 8, 28, 28, requires_grad=True)
@@ -294,7 +294,7 @@ def check_dilated_block(answer) -> None:
 
 
 def check_stack_of_threes(answer) -> None:
-    """Exercise 5.2: how many 3x3 convolutions reach as far as one k x k, and for what fraction of its MACs."""
+    """Check exercise 5.2: the 3x3 convolutions that reach as far as one k x k: their number and share of its MACs."""
     for kernel_size in (3, 5, 7, 11):
         layers, fraction = answer(kernel_size)
         expect(layers, (kernel_size - 1) // 2, f"layers for kernel size {kernel_size}", reveal=False)
@@ -304,7 +304,7 @@ def check_stack_of_threes(answer) -> None:
 
 
 def check_depthwise_macs_of_design(answer) -> None:
-    """Exercise 5.3: MACs of all depthwise convolutions of a design at 224 px, compared with PyTorch's counter."""
+    """Check exercise 5.3: MACs of all depthwise convolutions of a design at 224 px, against PyTorch's counter."""
     for regime, steps in REGIMES.items():
         with torch.device("meta"):
             small, large = (count_macs(RoadNet(steps[slug])) for slug in ("move_up", "kernel11"))
@@ -319,7 +319,7 @@ def check_depthwise_macs_of_design(answer) -> None:
 
 
 def check_layer_norm(answer) -> None:
-    """Exercise 6.1: LayerNorm over the channels of (N, C, H, W), by hand."""
+    """Check exercise 6.1: LayerNorm over the channels of (N, C, H, W), by hand."""
     generator = torch.Generator().manual_seed(0)
     for chans, spread in ((96, 1.0), (4, 1.0), (4, 1e-3)):
         norm = LayerNorm(chans)
@@ -333,7 +333,7 @@ def check_layer_norm(answer) -> None:
 
 
 def check_fold_batch_norm(answer) -> None:
-    """Exercise 6.2: a convolution that does what a convolution and a BatchNorm in evaluation mode do."""
+    """Check exercise 6.2: a convolution that equals a convolution followed by a BatchNorm in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     for conv in (nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False), nn.Conv2d(8, 16, 1, stride=2, bias=False)):
         norm = nn.BatchNorm2d(conv.out_channels).eval()
@@ -351,7 +351,7 @@ def check_fold_batch_norm(answer) -> None:
 
 
 def check_separate_downsampling_macs(answer) -> None:
-    """Exercise 6.3: the MACs that separate downsampling adds at 224 px, compared with PyTorch's counter."""
+    """Check exercise 6.3: the MACs that separate downsampling adds at 224 px, against PyTorch's counter."""
     for regime, steps in REGIMES.items():
         with torch.device("meta"):
             before, after = (count_macs(RoadNet(steps[slug])) for slug in ("layer_norm", "convnext"))
@@ -364,7 +364,7 @@ def check_separate_downsampling_macs(answer) -> None:
 
 
 def check_stages(answer) -> None:
-    """Exercise 7.1: a ConvNeXt built from a flat list of layers, with downsampling where it belongs."""
+    """Check exercise 7.1: a ConvNeXt built from a flat list of layers, with downsampling where it belongs."""
     for depths, dims in (((1, 2, 3, 1), (8, 16, 32, 64)), ((2, 1, 1, 1), (8, 8, 16, 16))):
         reference = ConvNeXt(depths=depths, dims=dims, num_classes=5)
         parts = [part for pair in zip(reference.downsample_layers, reference.stages) for part in pair]
@@ -375,7 +375,7 @@ def check_stages(answer) -> None:
 
 
 def check_drop_path(answer) -> None:
-    """Exercise 7.2: stochastic depth as a function of (x, rate, training)."""
+    """Check exercise 7.2: stochastic depth as a function of (x, rate, training)."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -395,7 +395,7 @@ def check_drop_path(answer) -> None:
 
 
 def check_convnext_parameters(answer) -> None:
-    """Exercise 7.3: the parameters of any ConvNeXt by arithmetic, compared with the built network."""
+    """Check exercise 7.3: the parameters of any ConvNeXt by arithmetic, against the built network."""
     for depths, dims, classes in (
         ((3, 3, 9, 3), (96, 192, 384, 768), 1000),
         ((2, 2, 6, 2), (40, 80, 160, 320), 10),
@@ -408,7 +408,7 @@ def check_convnext_parameters(answer) -> None:
 
 
 def check_folded_layer_scale(answer) -> None:
-    """Exercise 7.4: a block without layer scale that computes what the given one does."""
+    """Check exercise 7.4: a block without layer scale that computes the same function."""
     torch.manual_seed(0)
     block, x = Block(8), torch.randn(2, 8, 9, 9)
     with torch.no_grad():
@@ -427,7 +427,7 @@ def check_folded_layer_scale(answer) -> None:
 
 
 def check_times_the_rule(answer) -> None:
-    """Exercise 8.1: how many times the rate of the paper's rule for its batch a learning rate is."""
+    """Check exercise 8.1: a learning rate as a multiple of the paper's rule for the same batch size."""
     for rate, batch in ((4e-2, 1024), (2e-3, 64), (4e-3, 4096), (1e-4, 512)):
         right = rate / Recipe(batch_size=batch).lr
         expect(answer(rate, batch), right, f"times_the_rule({rate:g}, {batch})", 1e-6, reveal=False)
@@ -435,7 +435,7 @@ def check_times_the_rule(answer) -> None:
 
 
 def check_decay_for(answer) -> None:
-    """Exercise 8.2: the decay that leaves a share of the initial weights in an average after a number of steps."""
+    """Check exercise 8.2: the EMA decay that leaves a share of the initial weights after given optimizer steps."""
     for steps, share in ((665, 0.01), (2700, 0.01), (93_600, 0.0001), (10, 0.5)):
         right = share ** (1 / steps)
         expect(answer(steps, share), right, f"decay_for({steps}, {share})", 1e-9, reveal=False)
@@ -443,7 +443,7 @@ def check_decay_for(answer) -> None:
 
 
 def check_timed_run(answer) -> None:
-    """Exercise 8.3: the epochs of a timed run whose images grow on the way, and the part of its steps on small ones."""
+    """Check exercise 8.3: the epochs of a timed run with growing images, and the share of its images that are small."""
     for seconds, until, speeds, images in ((160, 0.6, (500, 290), 9469), (600, 0.25, (1000, 250), 5000)):
         small, large = seconds * until * speeds[0], seconds * (1 - until) * speeds[1]
         pair = answer(seconds, until, speeds, images)
@@ -456,7 +456,7 @@ def check_timed_run(answer) -> None:
 
 
 def check_stubborn(answer) -> None:
-    """Exercise 8.4: the images that all runs get wrong in the same way."""
+    """Check exercise 8.4: the images for which all runs make the same wrong prediction."""
     generator = np.random.default_rng(0)
     for runs, images in ((2, 50), (4, 2000)):
         labels = generator.integers(10, size=images).astype(np.uint16)
@@ -478,7 +478,7 @@ def check_stubborn(answer) -> None:
 
 
 def check_effects(answer) -> None:
-    """Exercise 9.1: the effect of the recipe, that of the network, and their interaction, from four accuracies."""
+    """Check exercise 9.1: the effects of recipe and network, and their interaction, from four accuracies."""
     for cells in ([[76.13, 78.82], [75.0, 82.0]], [[50.0, 40.0], [70.0, 80.0]], [[60.5, 65.0], [60.5, 65.0]]):
         (a, b), (c, d) = cells
         right = {"recipe": (b - a + d - c) / 2, "network": (c - a + d - b) / 2, "interaction": (d - c) - (b - a)}
@@ -491,7 +491,7 @@ def check_effects(answer) -> None:
 
 
 def check_bootstrap(answer) -> None:
-    """Exercise 9.2: differences of top-1 between paired runs, with seeds and images drawn again."""
+    """Check exercise 9.2: differences of top-1 between paired runs, with seeds and images drawn again."""
     rng = np.random.default_rng(0)
     before = rng.random((3, 1000)) < 0.6
     agreeing = before ^ (rng.random(before.shape) < 0.05)
@@ -514,7 +514,7 @@ def check_bootstrap(answer) -> None:
 
 
 def check_seeds_needed(answer) -> None:
-    """Exercise 9.3: the smallest number of seeds for which a gap is two standard errors of a difference."""
+    """Check exercise 9.3: the smallest number of seeds for which a gap is two standard errors of a difference."""
     for gap, std in ((0.5, 0.07), (0.15, 0.18), (1.0, 1.0), (0.06, 0.09)):
         right = next(n for n in itertools.count(1) if gap >= 2 * std * math.sqrt(2 / n))
         expect(answer(gap, std), right, f"seeds_needed({gap}, {std})", reveal=False)
@@ -525,7 +525,7 @@ def check_seeds_needed(answer) -> None:
 
 
 def check_epochs_for(answer) -> None:
-    """Exercise 10.1: the fewest epochs over some images that make at least a number of whole batches."""
+    """Check exercise 10.1: the fewest epochs over a set of images that give at least a number of whole batches."""
     for images, batch, steps in ((946, 64, 1323), (2841, 64, 1323), (9469, 64, 1323), (640, 64, 100), (64, 64, 7)):
         right = next(epochs for epochs in itertools.count(1) if epochs * (images // batch) >= steps)
         expect(answer(images, batch, steps), right, f"epochs_for({images}, {batch}, {steps})", reveal=False)
@@ -533,7 +533,7 @@ def check_epochs_for(answer) -> None:
 
 
 def check_crossing(answer) -> None:
-    """Exercise 10.2: where a gap between two networks turns positive, on a logarithmic axis; None where it does not."""
+    """Check exercise 10.2: where a gap between two networks turns positive, on a logarithmic axis; None if nowhere."""
     for numbers, gaps in (
         ([100, 1000, 10_000], [-5.0, -1.0, 3.0]),
         ([100, 400, 1600], [-3.0, 1.0, 2.0]),
@@ -555,7 +555,7 @@ def check_crossing(answer) -> None:
 
 
 def check_power_law(answer) -> None:
-    """Exercise 10.3: the error that a power law through two numbers of images gives for a third."""
+    """Check exercise 10.3: the error predicted for a third number of images by a power law through two."""
     for a, b, numbers in ((5.0, 0.35, (946, 2841, 9469)), (2.0, 0.1, (100, 500, 100_000)), (1.0, 0.5, (10, 20, 5))):
         *known, wanted = numbers
         errors = [a * n**-b for n in known]
@@ -569,17 +569,17 @@ def check_power_law(answer) -> None:
 
 
 def check_accumulation(answer) -> None:
-    """Exercise 11.1: how many images a process takes at a time, and how often, to make up its share of the batch."""
+    """Check exercise 11.1: micro-batch size and accumulation steps for a process's share of the effective batch."""
     for batch, processes, memory in ((4096, 8, 128), (4096, 8, 100), (4096, 1, 48), (600, 4, 40), (64, 2, 500)):
         share = batch // processes
-        at_a_time = max(part for part in range(1, min(memory, share) + 1) if share % part == 0)
-        right = (at_a_time, share // at_a_time)
+        micro_batch = max(part for part in range(1, min(memory, share) + 1) if share % part == 0)
+        right = (micro_batch, share // micro_batch)
         expect(answer(batch, processes, memory), right, f"accumulation({batch}, {processes}, {memory})", reveal=False)
     solved("as few parts as the memory allows, and the batch stays what the recipe says")
 
 
 def check_epochs_to_forget(answer) -> None:
-    """Exercise 11.2: after how many epochs the initial weights have left a constant average."""
+    """Check exercise 11.2: the epochs until an EMA with constant decay has forgotten the initial weights."""
     for decay, steps, share in ((0.9999, 312, 0.01), (0.9999, 147, 0.01), (0.999, 10, 0.5), (0.99, 1000, 0.01)):
         right = next(epochs for epochs in itertools.count(1) if decay ** (epochs * steps) < share)
         expect(answer(decay, steps, share), right, f"epochs_to_forget({decay}, {steps}, {share})", reveal=False)
@@ -587,7 +587,7 @@ def check_epochs_to_forget(answer) -> None:
 
 
 def check_layer_group(answer) -> None:
-    """Exercise 11.3: the group of a block in layer-wise learning-rate decay."""
+    """Check exercise 11.3: the group of a block in layer-wise learning-rate decay."""
     for depths in ((3, 3, 27, 3), (3, 3, 9, 3), (2, 2, 8, 2)):
         for stage, depth in enumerate(depths):
             for block in range(depth):

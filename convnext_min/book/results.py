@@ -1,4 +1,4 @@
-"""The committed results that chapters show: files of book/results, here or, for an installed package, on GitHub."""
+"""Access to the committed results: files of book/results, in a checkout or, for an installed package, on GitHub."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ ADDRESS = f"https://raw.githubusercontent.com/convnext-book/convnext-book/v{__ve
 
 
 def content(name: str) -> bytes:
-    """The contents of a file, such as "imagenette/3min-seed-0/log.csv".
+    """Return the bytes of a file, such as "imagenette/3min-seed-0/log.csv".
 
     Raises FileNotFoundError in a checkout that lacks it, OSError if it has to be fetched and cannot be.
     """
@@ -27,27 +27,27 @@ def content(name: str) -> bytes:
 
 
 def text(name: str) -> str:
-    """The contents of a text file."""
+    """Return the contents of a text file."""
     return content(name).decode()
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
+    """Return the rows of a CSV file."""
     return list(csv.DictReader(io.StringIO(text(name), newline="")))
 
 
 def values(name: str) -> dict[str, Any]:
-    """The contents of a JSON file."""
+    """Return the contents of a JSON file."""
     return json.loads(text(name))
 
 
 def arrays(name: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by their names."""
+    """Return the arrays of an .npz file, by their names."""
     with np.load(io.BytesIO(content(name))) as file:
         return dict(file)
 
 
 def processor(summary: dict[str, Any]) -> str:
-    """The processor of a run, with the kind of vectors that PyTorch uses on it where the run noted that."""
+    """Return the processor of a run, with PyTorch's CPU capability (vector instructions) if the run recorded it."""
     machine = summary["machine"]
     return ", ".join(machine[key] for key in ("cpu", "capability") if key in machine)

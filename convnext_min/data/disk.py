@@ -99,7 +99,7 @@ def _shorten(image: Image.Image) -> Image.Image:
 
 
 class ChunkDataset(Dataset):
-    """The work of a worker: decode and transform the images with the given numbers.
+    """Decoded and transformed images, in chunks of the given numbers, as a worker process produces them.
 
     An item is (x float32 (n, 3, R, R), labels, names of the images that could not be read).
     """
@@ -172,7 +172,7 @@ def _read_chunks(chunks: DataLoader) -> Iterator[Any]:
 
 
 def _prefetch(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield the same batches, while a thread prepares the next one."""
+    """Yield from `batches` while a background thread prepares the next batch."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
         while (batch := coming.result()) is not None:

@@ -57,7 +57,7 @@ class ImageFiles:
 
     @property
     def empty(self) -> list[str]:
-        """The class folders without images."""
+        """Return the class folders without images."""
         counts = np.bincount(self.labels, minlength=len(self.folders))
         return [folder for folder, count in zip(self.folders, counts) if count == 0]
 
@@ -162,7 +162,7 @@ def _plural(kind: str, count: int) -> str:
 
 
 def read_image(file: Path | str | IO[bytes], exif_orientation: bool = True, size: int = 0) -> Image.Image:
-    """Return an image in RGB, turned upright as its EXIF orientation says, unless `exif_orientation` is false.
+    """Return an image in RGB, turned upright by its EXIF orientation unless `exif_orientation` is false.
 
     Of an animation, the first frame is returned. With `size`, a JPEG may be decoded at a smaller scale, no side below
     `size` pixels. Raises one of DECODE_ERRORS for a file that cannot be decoded.

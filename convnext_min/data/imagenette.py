@@ -49,9 +49,9 @@ def imagenette(
     """Return Imagenette's "train" (9,469 images) or "val" (3,925) split, resized and cropped to `size` x `size`.
 
     The images come from the first of these places: the folder `root`; the folder in the variable IMAGENETTE_DIR; the
-    cache, ~/.cache/convnext_min; a download into the cache. Without network, a line says so and `synthetic_images` are
-    returned. A folder holds train/<class>/*.JPEG and val/<class>/*.JPEG, and may contain data other than Imagenette;
-    with `holdout` it needs no val/. Images are turned upright as their EXIF orientation says, unless
+    cache, ~/.cache/convnext_min; a download into the cache. Without network, `synthetic_images` are returned, and a
+    line is printed. A folder has train/<class>/*.JPEG and val/<class>/*.JPEG, and may contain data other than
+    Imagenette; with `holdout` it needs no val/. Images are turned upright by their EXIF orientation unless
     `exif_orientation` is false. The place is printed once.
 
     Raises FileNotFoundError if `root` or IMAGENETTE_DIR is not such a folder, OSError if a download breaks off,
@@ -77,7 +77,7 @@ def imagenette(
 def image_folder(root: Path | str, size: int = 160, exif_orientation: bool = True) -> ImageSet:
     """Decode all images in root/<class>/ (see `files.find_images`), in the order of their paths, to RGB.
 
-    Each is turned upright as its EXIF orientation says, unless `exif_orientation` is false; then the shorter side is
+    Each is turned upright by its EXIF orientation unless `exif_orientation` is false; then the shorter side is
     resized to `size` and the centre is cropped. A damaged file is left out and named in a warning; one line counts
     the files that are no images. Raises FileNotFoundError for a class without images.
     """

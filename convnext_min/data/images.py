@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Data(Protocol):
-    """The batches of a data set, as the trainer uses them; `Batches` and `disk.Loader` are two implementations."""
+    """Interface of the trainer to the batches of a data set; `Batches` and `disk.Loader` are two implementations."""
 
     classes: tuple[str, ...]  # readable names; labels index them
     source: str  # one line that describes the images

@@ -47,8 +47,8 @@ def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 def augment_semantic(image: Tensor, target: Target, recipe: DenseRecipe) -> tuple[Tensor, Target]:
     """Resize at random, crop a square, flip and change the colours, as MMSegmentation does for ADE20K.
 
-    What a crop lacks is filled with black that is ignored. (MMSegmentation also rejects crops that are mostly of one
-    class.)
+    A crop that is too small is padded with black, which the loss ignores. (MMSegmentation also rejects crops that are
+    mostly of one class.)
     """
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
     transform = v2.Compose(
@@ -63,7 +63,7 @@ def augment_semantic(image: Tensor, target: Target, recipe: DenseRecipe) -> tupl
 
 
 def plain(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Return an image and a target, as they are read, as a network takes them: float32 in 0..1, and plain tensors."""
+    """Convert an image and a target from `DenseDataset` to a network's input: float32 in 0..1, and plain tensors."""
     return image.as_subclass(Tensor).float() / 255, {key: value.as_subclass(Tensor) for key, value in target.items()}
 
 

@@ -120,9 +120,9 @@ def _refine(
     image_shapes: list[tuple[int, int]],
     labels: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return the proposals of the next stage: of each decoded box that of its class, inside the image.
+    """Return the proposals of the next stage: each proposal's decoded box for its class, clipped to the image.
 
-    The class is the true one of a positive box in training, else the likeliest other than the background.
+    The class of a positive box in training is the true one, otherwise the likeliest except the background.
     """
     classes = logits[:, 1:].argmax(1) + 1
     if labels is not None:

@@ -1,4 +1,4 @@
-"""How good a detector or a segmentation network is: COCO's average precision, and the mean IoU of the classes."""
+"""Metrics of detection and segmentation: COCO's average precision, and the mean IoU of the classes."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from convnext_min.train import distributed
 
 @torch.no_grad()
 def predict(model: nn.Module, image: Tensor, recipe: DenseRecipe) -> Target:
-    """Return what a network in eval mode finds in an image (3, H, W) in 0..1, in the image's own pixels.
+    """Return the predictions of a network in eval mode for an image (3, H, W) in 0..1, in the image's own pixels.
 
     A detector gives boxes (n, 4), labels (n,), scores (n,) and masks bool (n, H, W); a segmentation network labels
     (H, W), by the mean of the probabilities at all of the recipe's sizes.
@@ -49,7 +49,7 @@ class Scores:
             self.metric = MulticlassConfusionMatrix(len(self.classes), ignore_index=IGNORED)
 
     def update(self, found: Target, target: Target) -> None:
-        """Count one image: what `predict` returns, and the truth."""
+        """Count one image, given its predictions (see `predict`) and its target."""
         found, target = ({key: value.cpu() for key, value in values.items()} for values in (found, target))
         if self.instances:
             self.metric.update([found], [target | {"masks": target["masks"].bool()}])

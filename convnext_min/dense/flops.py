@@ -1,7 +1,7 @@
-"""What detection and segmentation cost, beside Tables 3, 4 and 7: `python -m convnext_min.dense.flops`.
+"""Cost of detection and segmentation networks, next to Tables 3, 4 and 7: `python -m convnext_min.dense.flops`.
 
 The paper's "FLOPs" are multiply-accumulates, counted here as for the road: convolutions and linear layers, on
-PyTorch's meta device. Detectors are counted with 1000 boxes per box head and 100 per mask head, what they keep at most.
+PyTorch's meta device. Detectors are counted with 1000 boxes per box head and 100 per mask head, their upper limits.
 The paper's figures are up to 0.9 G higher: MMDetection's and MMSegmentation's counter adds norms and activations.
 """
 

@@ -1,6 +1,6 @@
 """Find objects or classes in your own images: `python -m convnext_min.dense.predict --checkpoint FILE image.jpg ...`.
 
-Each image is written again with what was found drawn into it: masks, boxes and scores, or a colour per class.
+Each image is written again with the predictions drawn into it: masks, boxes and scores, or a colour per class.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def palette(number: int) -> list[str]:
 
 
 def draw(image: Tensor, found: Target, classes: tuple[str, ...], threshold: float = 0.5) -> Tensor:
-    """Return an image uint8 (3, H, W) with what `predict` found in it; of objects those scored at least `threshold`."""
+    """Return an image uint8 (3, H, W) with its predictions drawn in; objects need a score of at least `threshold`."""
     if "boxes" not in found:
         masks = found["labels"] == torch.arange(len(classes), device=found["labels"].device)[:, None, None]
         return draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(len(classes)))
@@ -64,7 +64,7 @@ def draw(image: Tensor, found: Target, classes: tuple[str, ...], threshold: floa
 
 
 def describe(found: Target, classes: tuple[str, ...], threshold: float = 0.5) -> str:
-    """Return in words how many objects of each class were found, or how much of the image each class covers."""
+    """Describe a prediction in words: the number of objects per class, or the share of the image per class."""
     if "boxes" in found:
         labels = found["labels"][found["scores"] >= threshold] - 1
         counts = Counter(classes[label] for label in labels.tolist())

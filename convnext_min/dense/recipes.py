@@ -1,4 +1,4 @@
-"""How to train detection and segmentation: the paper's settings for COCO and ADE20K, and small ones for two CPU cores.
+"""Recipes for detection and segmentation: the paper's settings for COCO and ADE20K, and small ones for two CPU cores.
 
 The paper gives ranges (appendix A.3); the values per model are those of the released configurations, as are the
 schedules: "3x" is 36 epochs of COCO, and 160,000 iterations of 16 images are 127 epochs of ADE20K.
@@ -21,7 +21,7 @@ FOR_CLASSIFIERS = (  # fields of `Recipe` without a meaning here
 
 @dataclass(frozen=True)
 class DenseRecipe(Recipe):
-    """A `Recipe` with what detection and segmentation decide besides; what is for classifiers alone cannot be set."""
+    """A `Recipe` with the settings of detection and segmentation; settings for classifiers alone cannot be changed."""
 
     label_smoothing: float = 0.0
 
@@ -30,7 +30,7 @@ class DenseRecipe(Recipe):
 
     # Images
     min_size: tuple[int, ...] = field((800,), SIDES)  # shorter side: one of these in training, the last in evaluation
-    max_size: int = field(1333, SIDE)  # the longer side at most, by which the shorter side is reduced
+    max_size: int = field(1333, SIDE)  # limit of the longer side; images above it are scaled down
     resize_and_crop: bool = False  # detection: half of the images are cropped first, as in DETR
     vertical_flip: bool = False  # detection: besides the horizontal one
     crop: int = field(512, SIDE)  # segmentation: side of a random crop

@@ -169,7 +169,7 @@ def read_data(task: str, head: str, root: str | None) -> tuple[DenseDataset, Den
 
 
 def check_data(*datasets: DenseDataset) -> None:
-    """Read some images of each data set before hours are spent. Raises ValueError, naming the files, if any is broken.
+    """Read some images of each data set before a long run. Raises ValueError, naming the files, if any is broken.
 
     Annotations that were left out are printed.
     """

@@ -1,6 +1,6 @@
 """Semantic segmentation: UperNet (Xiao et al., 2018) as the paper uses it (Tables 4 and 7), and a plain head.
 
-UperNet's decoder is segmentation-models-pytorch's: it takes feature maps of any backbone, where transformers' wants a
+UperNet's decoder is segmentation-models-pytorch's: it takes feature maps of any backbone, whereas transformers' needs a
 configuration and a backbone of its own. Its layers are MMSegmentation's, which the paper used, to the last weight.
 """
 
@@ -30,7 +30,7 @@ class UPerDecoder(UPerNetDecoder):
 
 
 class Segmenter(nn.Module):
-    """A network that gives each pixel a class: a list of images (3, H, W) in 0..1 to logits (classes, H, W) of each.
+    """A segmentation network: a list of images (3, H, W) in 0..1 to a list of logits (classes, H, W).
 
     Images may differ in size; they are normalized, and padded to a common multiple of 32. In training it takes a list
     of targets with "labels" (H, W), int64, where `IGNORED` counts for nothing, and returns a dict of losses.
@@ -70,13 +70,13 @@ def _pad(x: Tensor, height: int, width: int, value: float) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over the pixels that are not ignored, 0 if there is none."""
+    """Return the mean cross-entropy over the pixels that are not ignored, 0 if there are none."""
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 class FCN(nn.Module):
-    """The plain head (Long et al., 2015): a 3x3 convolution and a classifier on one level, C5 unless told otherwise."""
+    """The plain head (Long et al., 2015): a 3x3 convolution and a classifier on one level, C5 by default."""
 
     def __init__(self, features: ConvNeXtFeatures, num_classes: int, level: int = 3, channels: int = 256):
         super().__init__()

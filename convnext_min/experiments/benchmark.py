@@ -1,6 +1,6 @@
 """Measure training and inference speed against other implementations of ConvNeXt.
 
-All run in one process by turns, each in its fastest setting of number format, memory layout and torch.compile:
+All run in turn in one process, each in its fastest setting of number format, memory layout and torch.compile:
 `python -m convnext_min.experiments.benchmark official timm torchvision --mode train`.
 """
 
@@ -45,7 +45,7 @@ IMPLEMENTATIONS: dict[str, Callable[[str], nn.Module]] = {
 
 
 class Setting(NamedTuple):
-    """How a model runs: number format, memory layout, and eager or compiled."""
+    """The setting of a benchmark: number format, memory layout, and eager or compiled."""
 
     amp: str
     layout: str

@@ -83,7 +83,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> "Results":
-        """Return what earlier runs left in `folder`, which need not exist."""
+        """Return the results of earlier runs in `folder`, which need not exist."""
         return cls(
             folder, read_rows(folder / RUNS), read_arrays(folder / PREDICTIONS), list(read_rows(folder / CURVES))
         )
@@ -132,7 +132,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def card(name: str, rows: Sequence[Row], commands: list[list[str]]) -> dict[str, Any]:
-    """Return how the rows were made: commands, commits, versions, machines and core-hours."""
+    """Return the provenance of the rows: commands, commits, versions, machines and core-hours."""
     now = environment()
     return {
         "experiment": name,
@@ -202,9 +202,9 @@ def run(
     workers: int = 1,
     trials: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Train what `output`/`name` lacks, first all trials with seed 0, then with seed 1, and return all rows.
+    """Train the runs that `output`/`name` lacks, first all trials with seed 0, then with seed 1, and return all rows.
 
-    `workers` runs share the cores at a time. `trials` names the trials to run, by default all. Raises ValueError,
+    `workers` runs share the cores concurrently. `trials` names the trials to run, by default all. Raises ValueError,
     listing what is valid, for an unknown trial and for seeds or workers below 1; RuntimeError, after all other runs,
     if runs failed or were evaluated on other images than the rows before.
     """
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="the experiment gets a folder in it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", nargs="+", metavar="NAME", help="only these trials of the experiment")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--workers", type=int, default=1, help="concurrent runs; they share the cores")
     args = parser.parse_args(argv)
     try:
         rows = run(args.experiment, args.output, args.seeds, args.data, args.workers, args.trials)

@@ -3,7 +3,7 @@
     model = accelerate(convnext_atto())  # in place; `restore(model)` undoes it
 
 PyTorch computes the weight gradient of a depthwise convolution several times more slowly than its forward pass, and
-most of the rest of a training step, beside the matrix products, is memory traffic: each operation between them reads
+most of the rest of a training step, except the matrix products, is memory traffic: each operation between them reads
 and writes the whole activation. `accelerate` gives depthwise convolutions and GELU another backward pass, in any model,
 and computes a ConvNeXt block as one operation, whose parts are single passes over the memory.
 

@@ -106,7 +106,7 @@ def _pytorch_gradients(ctx, grad: Tensor, inputs: tuple[Tensor, ...]) -> list[Te
 
 
 class _Fast:
-    """Compute a block by `BlockFunction` where that gives the same, elsewhere by the plain block's `forward`."""
+    """Compute a block by `BlockFunction` where the result is the same, otherwise by the plain block's `forward`."""
 
     kinds: tuple[type, ...]  # classes that dwconv, norm, pwconv1, act, pwconv2 and drop_path must have
     pointwise: tuple[int, ...]  # shape of the kernels of the 1x1 convolutions, () for linear layers
@@ -182,7 +182,7 @@ def has_global_hooks() -> bool:
 
 
 def is_untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether calling `part` does what its class `kind` does: no hooks, no `forward` of its own."""
+    """Return whether `part` behaves as its class `kind`: no hooks, no `forward` of its own."""
     if type(part) is not kind or "forward" in vars(part) or part._compiled_call_impl is not None:
         return False
     return not any((part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks))

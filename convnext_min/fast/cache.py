@@ -16,7 +16,7 @@ KEPT = 8  # libraries in the cache, the newest
 
 
 def find(key: str) -> Path | None:
-    """Return the library that was kept under `key`, None if there is none or it is damaged."""
+    """Return the library that was kept under `key`, or None if there is none or it is damaged."""
     folder = private_folder()
     for path in sorted(folder.glob(f"{key}-*.so")) if folder else []:
         if path.stem.removeprefix(f"{key}-") == _digest(path.read_bytes()):
@@ -78,7 +78,7 @@ def machine() -> str:
 
 
 def key(*parts: str | bytes) -> str:
-    """Return a name for what `parts` produce on this machine."""
+    """Return a cache key for `parts` on this machine."""
     texts = [part.encode() if isinstance(part, str) else part for part in (machine(), *parts)]
     return _digest(b"\0".join(texts))[:16]
 

@@ -52,7 +52,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _key(dtype: torch.dtype) -> str:
-    """Return the name in the cache of what this compiler makes of kernels.cpp here."""
+    """Return the cache key of kernels.cpp compiled by this compiler on this machine."""
     command = [*compiler(), *FLAGS, *chain(*TARGETS), TYPES[dtype]]
     program = shutil.which(command[0])
     if program is None:
@@ -62,7 +62,7 @@ def _key(dtype: torch.dtype) -> str:
 
 
 def _load(library: Path | None) -> ctypes.CDLL | None:
-    """Return the library's functions, None without a library or if it cannot be loaded."""
+    """Return the library's functions, or None without a library or if it cannot be loaded."""
     try:
         return library and ctypes.CDLL(str(library))
     except OSError:
@@ -130,7 +130,7 @@ def is_eager() -> bool:
 
 
 def is_array(tensor: Tensor | None) -> bool:
-    """Return whether `tensor` is an ordinary CPU tensor, whose values lie in memory as its strides say."""
+    """Return whether `tensor` is an ordinary CPU tensor, whose values lie in memory according to its strides."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cpu

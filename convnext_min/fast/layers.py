@@ -1,6 +1,6 @@
 """Depthwise and patchify convolutions and GELU that train faster on a CPU than PyTorch's, with the same parameters.
 
-Each subclasses PyTorch's layer and calls its `forward` where there is nothing to gain or something else is asked for.
+Each subclasses PyTorch's layer and calls its `forward` where the fast path has no advantage or does not apply.
 `wraps` gives torch.jit.script the source of that `forward` to compile.
 """
 
@@ -53,7 +53,7 @@ def needs_pytorch(*tensors: Tensor) -> bool:
     """Return whether a backward pass with these tensors has to be PyTorch's own.
 
     That is so if it will be differentiated again, if it is transformed (batched gradients), and if the tensors are not
-    ordinary ones: saved-tensor hooks can bring back something else than what was saved.
+    ordinary ones: saved-tensor hooks can return other values than those that were saved.
     """
     return torch.is_grad_enabled() or not is_eager() or not all(map(is_array, tensors))
 

@@ -77,7 +77,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_images(args: argparse.Namespace, recipe: Recipe) -> tuple[ImageSet | Data, ImageSet | Data]:
-    """Return the images for training and for validation, in memory or read from the disk as the recipe says."""
+    """Return the images for training and for validation, in memory or read from the disk, by the recipe's loader."""
     if recipe.loader == "disk":
         if args.data is None:
             raise ValueError(f"the recipe {args.recipe} reads its images from the disk: give their folder with --data")

@@ -12,7 +12,7 @@ WRITING_SECONDS = 5.0  # kept free at the end of a timed run, to write the check
 
 
 class Clock:
-    """Measure the time of a run and its progress from 0 to 1, in epochs or, if the recipe says so, in minutes.
+    """Measure the time of a run and its progress from 0 to 1, in epochs or, if the recipe sets `minutes`, in minutes.
 
     `started` is the start of the process in seconds, as `time.time()` gives them. A resumed run continues the time of
     the processes before it. `now` and `stopped` are the same in all processes; `sync` updates them.
@@ -28,12 +28,12 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Wall clock since the start of the run, without the time between a stop and a resume."""
+        """Return the wall-clock seconds since the start of the run, without the time between a stop and a resume."""
         return self.resumed_seconds + time.time() - self.started
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time of this process over all cores, and of those that it continues."""
+        """Return the CPU seconds of this process over all cores, and of the processes that it continues."""
         times = psutil.Process().cpu_times()
         return self.resumed_cpu_seconds + times.user + times.system
 

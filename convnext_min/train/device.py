@@ -7,7 +7,7 @@ import torch
 def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """Return the device `name`, by default the best one; of several GPUs the one with the number `local_rank`.
 
-    Raises ValueError for a device that PyTorch does not know or that this machine lacks.
+    Raises ValueError for a device that is unknown to PyTorch or missing on this machine.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -41,7 +41,7 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return bytes: the largest amount of GPU memory allocated so far; on a CPU the process's present memory."""
+    """Return the peak of allocated GPU memory in bytes; on a CPU the current memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

@@ -71,7 +71,7 @@ def train(
     start: Start | None = None,
     after_step: AfterStep | None = None,
 ) -> History:
-    """Train `model`, a network or a name for `create_model`, and evaluate it on `val_set` as often as the recipe says.
+    """Train `model`, a network or a name for `create_model`, and evaluate it on `val_set` at the recipe's intervals.
 
     Writes log.csv, curve.png, TensorBoard's events, checkpoint.pt and the ones before it, best.pt, predictions.npz and
     summary.json into the folder `output`, if given. The images are an `ImageSet` or other `Data`. `start` names a

@@ -1,4 +1,4 @@
-"""Calculate what a recipe means on given hardware and data: `python -m convnext_min.train.plan --recipe in1k ...`.
+"""Calculate the schedule of a recipe on given hardware and data: `python -m convnext_min.train.plan --recipe in1k ...`.
 
 A recipe's batch size is the effective one: the images per optimizer step, over all processes and gradient accumulation
 steps. Each process takes its share of a batch in micro-batches that fit into its memory.
@@ -48,13 +48,13 @@ class Plan:
 
     @property
     def ema_half_life(self) -> float | None:
-        """Epochs in which the share of a step's weights in the EMA halves, at the end of the run; None without EMA."""
+        """Return the EMA half-life at the end of the run, in epochs; None without EMA."""
         decay = self.recipe.ema_decay_at(self.steps)
         return math.log(0.5) / math.log(decay) / self.steps_per_epoch if decay else None
 
     @property
     def hours(self) -> float | None:
-        """Hours of training, without evaluation; None if the speed is not known."""
+        """Return the hours of training, without evaluation; None if the speed is unknown."""
         if self.images_per_second is None:
             return None
         return self.steps * self.recipe.batch_size / (self.images_per_second * self.processes) / 3600

@@ -28,7 +28,7 @@ from convnext_min.train.optim import BATCH_NORMS, create_optimizer, step_context
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How a run uses its machine, and what it writes. A run may be resumed with another configuration.
+    """The machine settings and the output of a run. A run may be resumed with another configuration.
 
     Raises ValueError for values that are not valid.
     """
@@ -53,7 +53,7 @@ class RunConfig:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Optimizer steps and seconds between two checkpoints within an epoch."""
+        """Return the optimizer steps and seconds between two checkpoints within an epoch."""
         if not self.save_every:
             return math.inf, math.inf
         number, minutes = int(self.save_every.removesuffix("m")), self.save_every.endswith("m")
@@ -79,7 +79,7 @@ class Meter:
         self.loss, self.steps, self.seconds = 0.0, 0, 0.0
 
     def update(self, loss: float) -> None:
-        """Count a step with this loss."""
+        """Count an optimizer step with this loss."""
         self.loss += loss
         self.steps += 1
 
@@ -188,12 +188,12 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network to evaluate: with the EMA weights if the recipe asks for them, else with the last weights."""
+        """Return the network to evaluate: with the EMA weights if the recipe has an EMA, else with the last weights."""
         return self.ema.module if self.ema else self.model
 
     @property
     def progress(self) -> float:
-        """The completed fraction of the run, from 0 to 1."""
+        """Return the completed fraction of the run, from 0 to 1."""
         return self.clock.progress(self.step)
 
     def train_step(self, x: Tensor, y: Tensor) -> float:
