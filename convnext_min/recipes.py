@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     shows = commands.add_parser("show", help="print a recipe and the source of each value")
     shows.add_argument("recipe", help=f"one of {', '.join(RECIPES)}")
     shows.add_argument("--model", required=True, help="such as convnext_tiny")
-    shows.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change it")
+    shows.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
     args = parser.parse_args(argv)
     try:
         print(show(args.recipe, args.model, args.set))

@@ -301,7 +301,7 @@ def _settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     settings = {"num_classes": len(state["head.weight"]) if "head.weight" in state else 0}
     if not any(key.endswith(".gamma") for key in state):
         settings["layer_scale_init_value"] = 0.0
-    elif "stem.weight" in state:  # whose default is to have none
+    elif "stem.weight" in state:  # isotropic models have none by default
         settings["layer_scale_init_value"] = 1e-6
     return settings
 

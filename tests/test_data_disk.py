@@ -276,7 +276,7 @@ def test_a_disk_that_reads_nothing_is_an_error(damaged_root, monkeypatch):
     [
         ({"rank": 2, "world_size": 2}, "rank must be at least 0 and below the number of processes, got 2 of 2"),
         ({"world_size": 4}, "a batch of 6 images cannot be divided among 4 processes"),
-        ({"batch_size": 30}, "a batch of 30 is more than the 20 images"),
+        ({"batch_size": 30}, "batch_size=30 is larger than the data set of 20 images"),
     ],
 )
 def test_impossible_loaders_are_refused(image_root, options, message):

@@ -175,7 +175,7 @@ def test_batches_depend_on_seed_epoch_and_number_alone():
     assert not all(torch.equal(a, b) for a, b in zip(late, other))
     halves = [next(DenseBatches(data, recipe("mask_rcnn"), 3, rank, 2).epoch(1))[0] for rank in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(whole[0][0], [*halves[0], *halves[1]]))
-    with pytest.raises(ValueError, match="a batch of 4 is more than there is"):
+    with pytest.raises(ValueError, match="batch_size=4 is larger than the data set"):
         DenseBatches(shapes("mask_rcnn", number=3), recipe("mask_rcnn"), 0)
 
 

@@ -51,7 +51,7 @@ class StepDiffDirective(SphinxDirective):
 
 
 class RoadTable(SphinxDirective):
-    """Every step of the road in a regime: MACs counted now on our models, beside the paper's, and its accuracy.
+    """A table of all steps of the road in a regime: MACs of our models, the paper's MACs and accuracy.
 
     ```{road-table} resnet50
     ```

@@ -130,7 +130,11 @@ def main(argv: list[str] | None = None) -> None:
         print(printable(problem))
     if problems:
         sys.exit(printable(f"{len(problems)} problems in {args.folder}"))
-    print(printable(f"{args.folder} is complete" + (", judged by counting" if args.quick else " and can be read")))
+    print(
+        printable(
+            f"{args.folder} is complete" + (" (files were counted, not decoded)" if args.quick else " and can be read")
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ class Loader:
         if train:
             check_split(batch_size, world_size)
         if train and batch_size > len(dataset):
-            raise ValueError(f"a batch of {batch_size} is more than the {len(dataset)} images: set batch_size to less")
+            raise ValueError(f"batch_size={batch_size} is larger than the data set of {len(dataset)} images")
         self.dataset, self.source, self.classes, self.images = dataset, description, dataset.classes, len(dataset)
         self.recipe, self.train, self.seed, self.batch_size = recipe, train, seed, batch_size
         self.rank, self.world_size, self.workers = rank, world_size, workers

@@ -43,7 +43,7 @@ class StringArray:
 
 
 class Folder:
-    """All images below root/<class>/, in the order of their paths; `files.find_images` tells which.
+    """All images below root/<class>/, in the order of their paths, as `files.find_images` finds them.
 
     Raises FileNotFoundError for a missing folder, no class folders or, unless `allow_empty`, a class without images.
     """

@@ -104,7 +104,7 @@ class DenseBatches:
         workers: int = 0,
     ):
         if len(dataset) < recipe.batch_size:
-            raise ValueError(f"a batch of {recipe.batch_size} is more than there is, {dataset.source}: set batch_size")
+            raise ValueError(f"batch_size={recipe.batch_size} is larger than the data set ({dataset.source})")
         check_split(recipe.batch_size, world_size)
         self.dataset, self.recipe, self.seed, self.workers = dataset, recipe, seed, workers
         self.share = split_batch(recipe.batch_size, rank, world_size)

@@ -67,7 +67,7 @@ class DenseDataset(Dataset):
         problems: Iterable[str] = (),
     ):
         if not examples:
-            raise ValueError(f"no image is left of {source}" + "".join(f"\n  {line}" for line in problems))
+            raise ValueError(f"no valid images in {source}" + "".join(f"\n  {line}" for line in problems))
         self.examples, self.read, self.classes, self.instances = examples, read, classes, instances
         self.source, self.problems = f"{source}, {len(examples):,} images", list(problems)
         self.transform: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check both splits of a folder; exit with code 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.datasets", description=__doc__)
     parser.add_argument("task", choices=DATASETS)
-    parser.add_argument("--data", help="its folder")
+    parser.add_argument("--data", help="folder of the data set")
     args = parser.parse_args(argv)
     found = 0
     try:

@@ -104,7 +104,7 @@ def cost(head: str, variant: str, width: int, height: int) -> tuple[dict[str, in
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the cost of the paper's networks, part by part, beside the paper's numbers."""
+    """Print the cost of the paper's networks, part by part, next to the paper's numbers."""
     argparse.ArgumentParser(prog="python -m convnext_min.dense.flops", description=__doc__).parse_args(argv)
     print(f"{'network':<26} {'image':>9} {'GMACs':>7} {'paper':>6} {'diff':>5} {'params M':>9} {'paper':>6}  parts")
     for row in TABLES:

@@ -142,6 +142,6 @@ PER_MODEL = {  # task, head, backbone: values of the released configurations, wi
 def get(task: str, head: str, backbone: str, settings: Iterable[str] = ()) -> DenseRecipe:
     """Return the recipe of `task` for a head and a backbone, changed by settings written "key=value"."""
     recipe = replace(RECIPES[task], **PER_MODEL.get((task, head, backbone), {}))
-    if backbone.startswith("road:"):  # which has initial weights of its own, and no layer scale
+    if backbone.startswith("road:"):  # the road has its own initial weights and no layer scale
         recipe = replace(recipe, init="pytorch", layer_scale_init=Recipe.layer_scale_init)
     return replace(recipe, **parse_settings(DenseRecipe, settings))

@@ -18,8 +18,8 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and device.index is None:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "start torchrun with --nproc-per-node of that number"
+                f"there is no GPU for local rank {local_rank}: this machine has {torch.cuda.device_count()}; "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
             )
         device = torch.device("cuda", local_rank)
     return device

@@ -180,12 +180,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipes.RECIPES)}")
     parser.add_argument("--model", required=True, help="such as convnext_tiny")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
-    parser.add_argument("--gpus", type=int, default=1, help="on all nodes together: one process per GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="total number of GPUs over all nodes (1)")
     parser.add_argument(
         "--micro-batch", type=int, help="images per GPU and forward pass (default: its whole share of the batch)"
     )
     parser.add_argument("--images", type=int, help="size of the training set (default: that of the recipe)")
-    parser.add_argument("--epochs", help="in place of the recipe's")
+    parser.add_argument("--epochs", help="number of epochs (default: the recipe's)")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--images-per-second", type=float, help="training speed of one GPU")
     speed.add_argument("--measure", action="store_true", help="measure that speed on this machine now")

@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
     path: Path | str
     averaged: bool = False  # its EMA weights
-    class_map: Path | str | None = None  # file with a line per new class: the index of its class in the checkpoint
+    class_map: Path | str | None = None  # file with one line per new class: the index of that class in the checkpoint
 
 
 def load_start(model: nn.Module, start: Start, classes: tuple[str, ...]) -> str:

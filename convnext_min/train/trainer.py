@@ -1,4 +1,4 @@
-"""One step of training, and the state that a checkpoint holds.
+"""One optimizer step, and the state that a checkpoint holds.
 
 Step k depends on the weights, the seed and k alone. So an interrupted and resumed run ends, on the same machine, with
 exactly the weights of an uninterrupted one. The same steps in several processes, or with gradient accumulation, differ
