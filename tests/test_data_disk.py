@@ -146,10 +146,10 @@ for x, y in batches.epoch():
 def test_workers_outlive_a_signal_to_every_process_of_a_job(image_root, name):
     batches = loader(image_root, "train", replace(RECIPE, batch_size=2, base_batch=2), True, workers=2)
     expected, drawing = drawn(batches), batches.epoch()
-    first = next(drawing)
+    first = [next(drawing) for _ in range(2)]  # one from each worker: both have started
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, getattr(signal, name))
-    assert same([first, *drawing], expected)
+    assert same([*first, *drawing], expected)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -96,7 +96,7 @@ def test_the_quickstart_learned_the_drawn_images_in_two_minutes():
     quickstart = nbformat.read(ROOT / "notebooks" / "00_quickstart.ipynb", as_version=4)
     outputs = [output for cell in quickstart.cells for output in cell.get("outputs", ())]
     printed = "".join(map(text_of, outputs))
-    top1, seconds = re.search(r"Right on ([\d.]+)% of 500 validation images, .* after (\d+) s", printed).groups()
+    top1, seconds = re.search(r"Top-1 ([\d.]+)% on 500 validation images .*, (\d+) s", printed).groups()
     assert float(top1) > 90 and int(seconds) < 120
 
 
