@@ -124,6 +124,7 @@ def test_keys_are_the_official_releases():
 
 
 def test_initial_distribution():
+    torch.manual_seed(0)  # with PyTorch 2.9, a rare weight lies far outside, which shows in a small layer
     model = convnext_tiny(layer_scale_init_value=1e-6)
     for name, value in model.named_parameters():
         if name.endswith("gamma"):
