@@ -9,7 +9,7 @@ BOOK := _build/html/index.html
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 
 LOWEST := .venv-lowest
-LOWEST_PYTHON ?= python3.10
+LOWEST_PYTHON ?= $(PYTHON)
 
 .PHONY: help install train book test test-lowest notebooks results figures address version release clean
 

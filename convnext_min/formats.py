@@ -146,6 +146,20 @@ def convert(state: Mapping[str, Tensor], library: str, conv_mlp: bool = False) -
     return converted
 
 
+def key_differences(state: State, expected: State) -> str:
+    """Return the first keys in which `state` differs from a model's state dict `expected`, or "" if none does."""
+    differences = {
+        "missing keys": [key for key in expected if key not in state],
+        "unexpected keys": [key for key in state if key not in expected],
+        "shape mismatch": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in expected
+            if key in state and state[key].shape != expected[key].shape
+        ],
+    }
+    return "; ".join(f"{kind} {first_names(keys)}" for kind, keys in differences.items() if keys)
+
+
 def first_names(names: Iterable, count: int = 3) -> str:
     """Return the first of several names, as in "a, b, c, ..."."""
     names = list(names)

@@ -25,7 +25,7 @@ from convnext_min import convnext, isotropic
 from convnext_min.convnext import ConvNeXt
 from convnext_min.download import download
 from convnext_min.extras import require
-from convnext_min.formats import OFFICIAL, State, convert, count_blocks, first_names, to_official
+from convnext_min.formats import OFFICIAL, State, convert, count_blocks, first_names, key_differences, to_official
 from convnext_min.isotropic import ConvNeXtIsotropic
 
 logger = logging.getLogger(__name__)
@@ -308,17 +308,7 @@ def _settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _compare(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the weights `state` are not those of a model with the state dict `mine`."""
-    differences = {
-        "missing keys": [key for key in mine if key not in state],
-        "unexpected keys": [key for key in state if key not in mine],
-        "shape mismatch": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(mine[key].shape)}"
-            for key in mine
-            if key in state and state[key].shape != mine[key].shape
-        ],
-    }
-    if any(differences.values()):
-        found = "; ".join(f"{what} {first_names(keys)}" for what, keys in differences.items() if keys)
+    if found := key_differences(state, mine):
         sizes = [f"{variant_name(infer_sizes(weights))}{_without_gamma(weights)}" for weights in (state, mine)]
         raise ValueError(f"the weights do not fit: {found}. They are of {sizes[0]}, the model is {sizes[1]}")
 

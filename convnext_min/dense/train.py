@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from convnext_min.environment import environment, write_json
 from convnext_min.measure import count_parameters
 from convnext_min.train import distributed
 from convnext_min.train.checkpoint import CheckpointManager, list_checkpoints
-from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command
+from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command, run_config
 from convnext_min.train.device import choose_device
 from convnext_min.train.distributed import print_once
 from convnext_min.train.log import Log
@@ -218,16 +217,7 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     """Train as the command line asks."""
     recipe = recipes.get(args.task, args.head, args.backbone, args.set)
     checkpoint_in(args.output, args.resume)
-    config = RunConfig(
-        device=device,
-        started=psutil.Process().create_time(),
-        micro_batch=args.micro_batch,
-        accelerate=args.accelerate,
-        checkpoint_activations=args.checkpoint_activations,
-        save_every=args.save_every,
-        keep=args.keep,
-        wandb=args.wandb,
-    )
+    config = run_config(args, device)
     name = f"{args.head}:{args.backbone}"
     with torch.device("meta"):
         create_dense_model(name, recipe, 1)  # show errors now, not after the images are checked

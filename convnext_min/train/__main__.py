@@ -8,14 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 
 from convnext_min import data, recipes
 from convnext_min.data import Data, ImageSet, disk
 from convnext_min.recipes import Recipe
 from convnext_min.train import distributed
-from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command
+from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command, run_config
 from convnext_min.train.device import autocast_dtype
 from convnext_min.train.evaluation import evaluate
 from convnext_min.train.log import import_wandb
@@ -23,7 +22,7 @@ from convnext_min.train.loop import checkpoint_in, dry_run, prepare, train
 from convnext_min.train.models import create_model
 from convnext_min.train.plan import plan
 from convnext_min.train.pretrained import Start
-from convnext_min.train.trainer import RunConfig, micro_batch_size
+from convnext_min.train.trainer import micro_batch_size
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -99,18 +98,7 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     """Train as the command line asks."""
     recipe = recipes.get(args.recipe, args.set, args.model)
     checkpoint_in(args.output, args.resume)
-    config = RunConfig(
-        device=device,
-        started=psutil.Process().create_time(),
-        micro_batch=args.micro_batch,
-        compile=args.compile,
-        accelerate=args.accelerate,
-        checkpoint_activations=args.checkpoint_activations,
-        fsdp=args.fsdp,
-        save_every=args.save_every,
-        keep=args.keep,
-        wandb=args.wandb,
-    )
+    config = run_config(args, device)
     create_model(args.model, recipe, 1)  # show errors now, not after the images are read
     micro_batch = micro_batch_size(recipe, config)
     autocast_dtype(recipe.amp, device)

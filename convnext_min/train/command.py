@@ -5,12 +5,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
+import psutil
 import torch
 
 from convnext_min.environment import printable
 from convnext_min.train import distributed
+from convnext_min.train.trainer import RunConfig
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,12 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> Any:
         "--no-accelerate", dest="accelerate", action="store_false", help="on a CPU: PyTorch's own layers only"
     )
     return machine
+
+
+def run_config(args: argparse.Namespace, device: torch.device) -> RunConfig:
+    """Return the configuration that the options ask for; minutes count from the start of the process."""
+    options = {name: value for name, value in vars(args).items() if name in {f.name for f in fields(RunConfig)}}
+    return RunConfig(**options | {"device": device, "started": psutil.Process().create_time()})
 
 
 def run_command(

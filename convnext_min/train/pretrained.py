@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convnext_min.convnext import ConvNeXt
-from convnext_min.formats import to_official
+from convnext_min.formats import key_differences, to_official
 from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.train.checkpoint import is_run
 from convnext_min.weights import read_checkpoint, unwrap
@@ -70,20 +70,8 @@ def classifier_keys(model: nn.Module) -> list[str]:
 
 def check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
     """Raise ValueError, naming the first keys that differ, if `weights` do not fit a model with `expected`."""
-    differences = {
-        "missing keys": [key for key in expected if key not in weights],
-        "unexpected keys": [key for key in weights if key not in expected],
-        "shape mismatch": [
-            f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in expected
-            if key in weights and weights[key].shape != expected[key].shape
-        ],
-    }
-    if any(differences.values()):
-        parts = (
-            f"{what} {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}" for what, keys in differences.items() if keys
-        )
-        raise ValueError(f"{path} does not fit this model: {'; '.join(parts)}")
+    if found := key_differences(weights, expected):
+        raise ValueError(f"{path} does not fit this model: {found}")
 
 
 def read_weights(path: Path | str, averaged: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
