@@ -1,5 +1,6 @@
 """Subsets of an image set: held-out images and subsamples of each class."""
 
+import pytest
 import torch
 
 from convnext_min import data
@@ -20,3 +21,14 @@ def test_a_subsample_has_that_fraction_of_each_class_and_lies_in_larger_ones():
     contents = [{image.numpy().tobytes() for image in part.images} for part in parts]
     assert contents[0] < contents[1] < contents[2] < contents[3]
     assert torch.equal(data.subsample(images, 0.2).images, parts[1].images)
+
+
+def test_selected_classes_are_labelled_by_their_place():
+    images = data.synthetic_images("train", 32, 100)
+    chosen = data.select_classes(images, images.classes[3:1:-1])
+    names = [images.classes[label] for label in images.labels.tolist()]
+    kept = [i for i, name in enumerate(names) if name in chosen.classes]
+    assert torch.equal(chosen.images, images.images[kept])
+    assert [chosen.classes[label] for label in chosen.labels.tolist()] == [names[i] for i in kept]
+    with pytest.raises(ValueError, match="no class violin; there are "):
+        data.select_classes(images, ("violin",))

@@ -11,7 +11,7 @@ require(__name__, "train")
 from convnext_min.data.batches import MEAN, STD, Batches, normalize, random_crops
 from convnext_min.data.files import DECODE_ERRORS, decode
 from convnext_min.data.imagenette import WNIDS, image_folder, imagenette
-from convnext_min.data.images import Data, ImageSet, hold_out, subsample
+from convnext_min.data.images import Data, ImageSet, hold_out, select_classes, subsample
 from convnext_min.data.seeding import seed_all, seeded
 from convnext_min.data.synthetic import synthetic_images
 
@@ -31,6 +31,7 @@ __all__ = [
     "random_crops",
     "seed_all",
     "seeded",
+    "select_classes",
     "subsample",
     "synthetic_images",
 ]

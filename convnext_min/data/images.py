@@ -69,3 +69,16 @@ def subsample(image_set: ImageSet, fraction: float) -> ImageSet:
         of_class = order[image_set.labels[order] == label]
         kept.append(of_class[: max(1, round(fraction * len(of_class)))])
     return image_set.subset(torch.cat(kept).sort().values)
+
+
+def select_classes(image_set: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Return the images of `classes`, labelled by their place in `classes`.
+
+    Raises ValueError for a class that `image_set` does not have.
+    """
+    if unknown := set(classes) - set(image_set.classes):
+        raise ValueError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(image_set.classes)}")
+    place = torch.tensor([classes.index(name) if name in classes else -1 for name in image_set.classes])
+    labels = place[image_set.labels]
+    chosen = image_set.subset(labels >= 0)
+    return replace(chosen, labels=labels[labels >= 0], classes=tuple(classes))
