@@ -42,36 +42,38 @@ def road_results(*slugs: str) -> Table:
 
 
 def road_gains() -> Figure:
-    """Draw the gain of each step over ResNet-50 as bars, the paper's and ours; each of our runs is a dot.
+    """Draw top-1 of each step minus ResNet-50's, the paper's and ours on one axis; each of our runs is a dot.
 
-    Our 95% intervals hold for all steps at once. A step that Table 10 lacks has no bar on the paper's side.
+    Error bars: one standard deviation over seeds for the paper; for ours, 95% intervals that hold for all steps at
+    once. A step that Table 10 lacks has no bar of the paper.
     """
     right = analysis.correct(ROAD)
     steps = [slug for slug in STEPS if slug in right]
-    fig, (left, here) = figure(5.6, 2, sharey=True)
+    fig, ax = figure(6.4)
     y = np.arange(len(steps))
     published = {i: paper.TABLE10[slug] for i, slug in enumerate(steps) if slug in paper.TABLE10}
     gains = [row.top1 - published[0].top1 for row in published.values()]
-    spreads = [row.std for row in published.values()]
-    left.barh(list(published), gains, xerr=spreads, height=0.6, color=ORANGE, ecolor=INK)
-    left.set_title("paper, ImageNet")
+    error = {"ecolor": INK, "error_kw": {"elinewidth": 1.2}}
+    label = "paper: ImageNet, 3 seeds ± standard deviation"
+    spread = [row.std for row in published.values()]
+    ax.barh([i - 0.21 for i in published], gains, xerr=spread, height=0.36, color=ORANGE, label=label, **error)
     first, pooled = right[steps[0]], analysis.scatter(right)
     ours = [analysis.difference(first, right[slug], pooled, len(steps) - 1) for slug in steps]
     errors = [(i.high - i.low) / 2 if slug != steps[0] else 0 for i, slug in zip(ours, steps)]
-    here.barh(y, [i.value for i in ours], xerr=errors, height=0.6, color=BLUE, alpha=0.5, ecolor=INK)
+    label, values = "here: Imagenette, small networks, 95% interval", [i.value for i in ours]
+    ax.barh(y + 0.21, values, xerr=errors, height=0.36, color=BLUE, alpha=0.55, label=label, **error)
     for row, slug in zip(y, steps):
         dots = analysis.by_seed(right[slug]) - analysis.by_seed(first).mean()
-        here.plot(dots, np.full(len(dots), row), "o", color="white", mec=INK, markersize=3.5, zorder=3)
-    here.set_title("small runs, Imagenette")
-    left.set_yticks(y, [_label(slug) for slug in steps])
-    left.set_ylim(len(steps) - 0.4, -0.6)
-    for ax in (left, here):
-        ax.set_xlabel("points above ResNet-50")
-        ax.axvline(0, color=GREY, linewidth=0.8)
-        ax.tick_params(axis="y", length=0)
-        ax.spines["left"].set_visible(False)
-        ax.grid(axis="y", color="#eeeeee")
-        ax.set_axisbelow(True)
+        ax.plot(dots, np.full(len(dots), row + 0.21), "o", color="white", mec=INK, markersize=3.5, zorder=3)
+    ax.set_yticks(y, [_label(slug) for slug in steps])
+    ax.set_ylim(len(steps) - 0.4, -0.6)
+    ax.set_xlabel("top-1 minus ResNet-50's (points)")
+    ax.axvline(0, color=GREY, linewidth=0.8)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x", color="#eeeeee")
+    ax.set_axisbelow(True)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center")
     return fig
 
 
