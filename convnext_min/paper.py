@@ -77,7 +77,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "convnext_tiny": Variant(28.6, 4.5, 13.1, 82.1),
-    "convnext_small": Variant(50.0, 8.7, 25.5, 83.1),
+    "convnext_small": Variant(50, 8.7, 25.5, 83.1),
     "convnext_base": Variant(88.6, 15.4, 45.0, 83.8),  # 45.1 in Table 8 and in the lower half of Table 1
     "convnext_large": Variant(197.8, 34.4, 101.0, 84.3),
     "convnext_xlarge": Variant(350.2, 60.9, 179.0, None),

@@ -188,6 +188,8 @@ def fold_weight_alone(block):
     "check, answer, message",
     [
         ("dilated_block", lambda *args: MovedUpBlock(*args, kernel_size=7), "MACs with stride 1"),
+        ("lossless_relu", lambda chans: torch.eye(chans), r"a pair \(expand, reduce\), yours is a Tensor"),
+        ("lossless_relu", lambda chans: None, "no answer yet"),
         ("dilated_block", Unpadded, "shape after dwconv"),
         ("stack_of_threes", lambda k: (k // 3, k // 3 * 9 / k**2), "layers for kernel size 5"),
         (
@@ -199,17 +201,18 @@ def fold_weight_alone(block):
         ("layer_norm", norm_over(1, unbiased=True), "channels .* yours differs"),
         ("layer_norm", norm_over(1, eps_inside=False), "channels .* yours differs"),
         ("fold_batch_norm", fold_without_mean, "output of the folded 7×7 convolution: yours differs"),
-        ("fold_batch_norm", nn.Sequential, "one nn.Conv2d, got Sequential"),
+        ("fold_batch_norm", nn.Sequential, "one nn.Conv2d, yours is a Sequential"),
         ("separate_downsampling_macs", lambda design: 0, "resnet50 regime: yours is 0"),
-        ("drop_path", drop_without_rescaling, "the mean became 0.75"),
-        ("drop_path", drop_values, "dropped in part"),
-        ("drop_path", drop_batch, "of the samples of one batch"),
+        ("drop_path", drop_without_rescaling, "rate 0.25: yours is 0.75, expected 1"),
+        ("drop_path", drop_values, "yours drops parts of a sample"),
+        ("drop_path", drop_batch, "one batch dropped with rate 0.25: yours .*, expected about 25%"),
         ("convnext_parameters", lambda depths, dims, classes: 28_581_000, "which is not correct"),
+        ("folded_layer_scale", copy.deepcopy, "gamma is None, yours is a Block with gamma"),
         ("folded_layer_scale", fold_in_place, "output of the given block"),
         ("folded_layer_scale", fold_weight_alone, "output of the folded block"),
     ],
 )
-def test_checks_of_chapters_5_to_7_see_what_is_wrong(check, answer, message):
+def test_checks_of_chapters_4_to_7_see_what_is_wrong(check, answer, message):
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=message):
         getattr(exercises, f"check_{check}")(answer)

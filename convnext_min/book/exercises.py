@@ -252,13 +252,13 @@ def check_shortcut_macs(answer) -> None:
                 right += conv.in_channels * conv.out_channels * (56 // 2**i) ** 2
         width, expansion = STEPS[slug].width, STEPS[slug].block.expansion
         expect(answer(width, expansion), right, f"shortcut_macs({width}, {expansion})", reveal=False)
-    solved("sixteen times less where four times narrower, and none in the first stage")
+    solved("a sixteenth where both sides are four times narrower, and none in the first stage")
 
 
 def check_mobilenet_block(answer) -> None:
     """Check exercise 4.2: MobileNetV2's inverted residual, against torchvision's."""
     same(answer, torchvision.models.mobilenetv2.InvertedResidual(24, 24, stride=1, expand_ratio=4), (2, 24, 14, 14))
-    solved("one activation less, and ReLU6 for ReLU")
+    solved("no activation after the sum, and ReLU6 instead of ReLU")
 
 
 def check_lossless_relu(answer) -> None:
@@ -266,8 +266,9 @@ def check_lossless_relu(answer) -> None:
     generator = torch.Generator().manual_seed(0)
     for chans in (3, 16):
         matrices = answer(chans)
-        valid = None if matrices is None else isinstance(matrices, tuple) and len(matrices) == 2
-        expect(valid, True, "the answer is a pair (expand, reduce)")
+        expect(None if matrices is None else True, True, f"lossless_relu({chans})")
+        if not isinstance(matrices, tuple) or len(matrices) != 2:
+            raise AssertionError(f"expected a pair (expand, reduce), yours is a {type(matrices).__name__}")
         expand, reduce = matrices
         expect(tuple(expand.shape), (2 * chans, chans), "shape of expand")
         expect(tuple(reduce.shape), (chans, 2 * chans), "shape of reduce")
@@ -288,9 +289,9 @@ def check_dilated_block(answer) -> None:
         expect(tuple(out.shape), (1, 8, 28 // stride, 28 // stride), f"shape after dwconv with stride {stride}")
         out[..., 14 // stride, 14 // stride].sum().backward()
         rows = image.grad.abs().sum((0, 1, 3)).nonzero().flatten()
-        expect(int(rows[-1] - rows[0]) + 1, 7, f"reach with stride {stride}, in positions")
+        expect(int(rows[-1] - rows[0]) + 1, 7, f"positions that dwconv reaches with stride {stride}")
         expect(count_macs(block, 28, 8), count_macs(right, 28, 8), f"MACs with stride {stride}")
-    solved("nine taps, three apart, reach over seven positions")
+    solved("nine taps, three positions apart, reach as far as a 7×7 kernel")
 
 
 def check_stack_of_threes(answer) -> None:
@@ -343,11 +344,11 @@ def check_fold_batch_norm(answer) -> None:
         with torch.no_grad():
             folded = answer(conv, norm)
             if not isinstance(folded, nn.Conv2d):
-                raise AssertionError(f"the answer is one nn.Conv2d, got {type(folded).__name__}")
+                raise AssertionError(f"expected one nn.Conv2d, yours is a {type(folded).__name__}")
             y, right = folded(x), norm(conv(x))
         k = conv.kernel_size[0]
         expect(y, right, f"output of the folded {k}×{k} convolution", 1e-4)
-    solved("in evaluation mode the BatchNorm has vanished into the convolution")
+    solved("in evaluation mode the convolution does the work of the BatchNorm as well")
 
 
 def check_separate_downsampling_macs(answer) -> None:
@@ -385,13 +386,17 @@ def check_drop_path(answer) -> None:
             expect(answer(x, 0.0, True), x, "drop_path with rate 0")
             factors = (answer(x, rate, True) / x).flatten(1)
             if not torch.allclose(factors, factors[:, :1], atol=1e-5):
-                raise AssertionError("a sample is kept or dropped as a whole; here some are dropped in part")
+                raise AssertionError("yours drops parts of a sample; expected: a sample is kept or dropped as a whole")
             dropped = (factors[:, 0] == 0).double().mean().item()
             if abs(dropped - rate) > 0.05:
-                raise AssertionError(f"with rate {rate} it dropped {dropped:.0%} of the samples of one batch")
+                raise AssertionError(
+                    f"samples of one batch dropped with rate {rate}: yours {dropped:.0%}, expected about {rate:.0%}"
+                )
             if abs(factors.mean().item() - 1) > 0.05:
-                raise AssertionError(f"with rate {rate} the mean became {factors.mean():.2f} times what it was")
-    solved("each sample has a draw of its own, and the mean over draws is the input")
+                raise AssertionError(
+                    f"mean factor with rate {rate}: yours is {factors.mean():.2f}, expected 1 (divide by what is kept)"
+                )
+    solved("one draw per sample, and the mean over draws equals the input")
 
 
 def check_convnext_parameters(answer) -> None:
@@ -404,7 +409,7 @@ def check_convnext_parameters(answer) -> None:
         with torch.device("meta"):
             right = count_parameters(ConvNeXt(depths=depths, dims=dims, num_classes=classes))
         expect(answer(depths, dims, classes), right, f"parameters of {depths}, {dims}, {classes} classes", reveal=False)
-    solved("down to the last bias")
+    solved("every weight and every bias is counted")
 
 
 def check_folded_layer_scale(answer) -> None:
@@ -417,7 +422,10 @@ def check_folded_layer_scale(answer) -> None:
         right = block(x)
         folded = answer(block)
         if not isinstance(folded, Block) or folded.gamma is not None:
-            raise AssertionError("the answer is a Block whose gamma is None")
+            raise AssertionError(
+                f"expected a Block whose gamma is None, yours is a {type(folded).__name__}"
+                + (" with gamma" if isinstance(folded, Block) else "")
+            )
         expect(block(x), right, "output of the given block after folding")
         expect(folded(x), right, "output of the folded block", 1e-4)
     solved("layer scale costs nothing once training is over")

@@ -6,11 +6,13 @@ from itertools import pairwise
 from statistics import median
 
 import matplotlib.pyplot as plt
+import skimage.data
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from convnext_min import paper
 from convnext_min.book.style import BLUE, GREY, INK, ORANGE, Table, figure, table, use_style
@@ -95,6 +97,30 @@ def gain_table(*slugs: str) -> Table:
         error = math.hypot(before.std, after.std) / 3**0.5
         rows.append((f"{before.label} → {after.label}", f"{changes[0]:+.2f}", f"{error:.2f}", f"{changes[1]:+.2f}"))
     return table(("change of top-1 (points)", "ResNet-50", "standard error", "ResNet-200, one number"), rows)
+
+
+def kernel_accuracy() -> Figure:
+    """Plot the paper's top-1 (%) over the kernel size in both regimes, on axes of equal span (1 point)."""
+    slugs = {3: "move_up"} | {size: f"kernel{size}" for size in (5, 7, 9, 11)}
+    fig, axes = figure(2.9, 2)
+    for ax, (regime, published) in zip(axes, paper.ROADS.items()):
+        top1 = [published[slug].top1 for slug in slugs.values()]
+        std = [published[slug].std for slug in slugs.values()]
+        ax.errorbar(list(slugs), top1, yerr=None if None in std else std, fmt="o-", capsize=4)
+        middle = (min(top1) + max(top1)) / 2
+        title = {"resnet50": "from ResNet-50", "resnet200": "from ResNet-200"}[regime]
+        ax.set(xlabel="kernel size", xticks=list(slugs), ylim=(middle - 0.5, middle + 0.5), title=title)
+    axes[0].set_ylabel("ImageNet top-1 (%)")
+    return fig
+
+
+def photos(names: Sequence[str], size: int = 224) -> Tensor:
+    """Return free photographs of scikit-image by their names, centre-cropped: uint8 (N, 3, size, size)."""
+    images = []
+    for name in names:
+        pixels = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)
+        images.append(resize(center_crop(pixels, min(pixels.shape[1:])), [size, size]))
+    return torch.stack(images)
 
 
 def speed_table(models: Mapping[str, nn.Module], resolution: int = 224, batch_size: int = 8, repeats: int = 3) -> Table:
