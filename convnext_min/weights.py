@@ -279,10 +279,14 @@ def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def infer_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the depths and dims, or depth and dim of an isotropic model, of a state dict with official keys."""
+    """Return the depths and dims of a state dict with official keys; of an isotropic model, depth, dim and patch_size.
+
+    The patch size is left out if it is the released models', 16.
+    """
     if "stem.weight" in state:
         depth = next(b for b in itertools.count() if f"blocks.{b}.dwconv.weight" not in state)
-        return {"depth": depth, "dim": len(state["stem.weight"])}
+        dim, *_, patch_size = state["stem.weight"].shape
+        return {"depth": depth, "dim": dim} | ({} if patch_size == 16 else {"patch_size": patch_size})
     dims = [len(state[key]) for i in range(4) if (key := f"stages.{i}.0.dwconv.weight") in state]
     return {"depths": count_blocks(state, OFFICIAL), "dims": tuple(dims)}
 
@@ -359,6 +363,12 @@ def save_pretrained(model: ConvNeXt, folder: Path | str, labels: list[str] | Non
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def read_labels(folder: Path | str) -> list[str]:
+    """Return the names of the classes, in the order of the logits, from `config.json` in a Hugging Face folder."""
+    names = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["id2label"]
+    return [names[str(i)] for i in range(len(names))]
 
 
 # ---- The variants; their arguments are those of `create`

@@ -94,7 +94,15 @@ def test_released_weights_load_with_and_without_layer_scale(tmp_path):
         torch.testing.assert_close(one(grey), model.forward_features(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"depth": 0}, {"dim": -1}, {"num_classes": -1}, {"in_chans": 0}])
+def test_the_patch_size_is_read_from_the_weights():
+    model = randomize(ConvNeXtIsotropic(**SMALL, patch_size=8))
+    images = torch.randn(2, 3, 24, 24)
+    assert torch.equal(weights.load(model.state_dict())(images), model(images))
+    with pytest.raises(ValueError, match=r"They are of .*patch_size=8\) .*, the model is .*depth=3, dim=16\)"):
+        weights.load_weights(ConvNeXtIsotropic(**SMALL), model.state_dict())
+
+
+@pytest.mark.parametrize("wrong", [{"depth": 0}, {"patch_size": 0}, {"dim": -1}, {"num_classes": -1}, {"in_chans": 0}])
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         ConvNeXtIsotropic(**{**SMALL, **wrong})

@@ -9,6 +9,7 @@ from helpers import TINY
 from torch import nn
 
 from convnext_min import recipes
+from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import INITS, Recipe
 from convnext_min.train import create_model
 
@@ -32,6 +33,17 @@ def test_the_papers_recipe_builds_its_isotropic_models(size, drop_path):
         model = create_model(name, recipes.get("in1k", model=name), 1000)
     assert model.blocks[-1].drop_path.rate == pytest.approx(drop_path)
     assert (model.blocks[0].gamma is None) == (size != "large")  # appendix A.1: the large one has layer scale
+
+
+def test_the_two_small_isotropic_networks_are_of_one_size():
+    networks = [create_model(f"isotropic:{name}", Recipe(drop_path=0.1), 10) for name in ("convnext", "vit")]
+    assert all(network(torch.zeros(2, 3, 96, 96)).shape == (2, 10) for network in networks)
+    convnext, vit = map(count_parameters, networks)
+    assert convnext == pytest.approx(vit, rel=0.05)
+    convnext, vit = (count_macs(network, 96) for network in networks)
+    assert 0.8 * vit < convnext < vit  # in Table 2, too, the ConvNeXt takes fewer
+    with pytest.raises(ValueError, match=r"unknown model 'isotropic:swin'.*with a name out of convnext, vit,"):
+        create_model("isotropic:swin", Recipe(), 10)
 
 
 def test_an_isotropic_model_has_no_stages_to_set():

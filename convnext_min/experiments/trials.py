@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from convnext_min.roadmap import STEPS
+from convnext_min.train.models import ISOTROPIC
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,21 @@ SMALL_RECIPE_STEPS = ("resnet50", "fewer_acts", "convnext")
 SMALL_RECIPE_LRS = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
+# ---- Without a pyramid: isotropic ConvNeXt and ViT; both start from truncated normal weights of 0.02
+
+ISOTROPIC_LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+
+
+def _isotropic_at_lrs(settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
+    """Return a trial for each of the two networks and each learning rate."""
+    plain = ("init=paper", "width_multiplier=1.0", *settings)
+    return [
+        Trial(f"{name}, {lr:g}", f"isotropic:{name}", "road", (*plain, f"base_lr={lr}"), arguments)
+        for name in ISOTROPIC
+        for lr in ISOTROPIC_LRS
+    ]
+
+
 def _at_lrs(steps, lrs, settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
     """Return a trial for each step of the road and each learning rate."""
     return [
@@ -156,6 +172,8 @@ EXPERIMENTS = {
     "small_recipe_lr": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=5"), HOLDOUT),
     # `--trials` takes each network at the best rate of small_recipe_lr.
     "small_recipe_by_architecture": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=20")),
+    "isotropic_lr": _isotropic_at_lrs(("epochs=3",), HOLDOUT),
+    "isotropic": _isotropic_at_lrs(),  # `--trials` takes each network at the best rate of isotropic_lr
     "init_and_lr": [
         Trial(f"{step}, {name}", f"road:{step}", "road", changes)
         for step in ("resnet50", "fewer_norms", "layer_norm", "convnext")

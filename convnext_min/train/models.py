@@ -3,8 +3,11 @@
 The blocks, the stages and the downsampling layers stay as in the paper.
 """
 
+from functools import partial
+
 import timm
 import torchvision
+from timm.models import VisionTransformer
 from torch import nn
 
 from convnext_min import roadmap
@@ -25,6 +28,12 @@ FIELDS = {
     "init": (*VARIANTS, ROAD),
     "width_multiplier": (ROAD,),
 }
+# Chapter 13: at one resolution and one width throughout, 12x12 vectors of 96 channels for an image of 96x96. Half the
+# depth and a quarter of the width of the paper's isotropic ConvNeXt-S and ViT-S, and like these of one size: 0.7M.
+ISOTROPIC = {
+    "convnext": partial(ConvNeXtIsotropic, depth=9, dim=96, patch_size=8),
+    "vit": partial(VisionTransformer, img_size=96, patch_size=8, depth=6, embed_dim=96, num_heads=3),
+}
 # The function that creates a network of a library, and its argument for the rate of stochastic depth.
 LIBRARIES = {
     "timm": (timm.create_model, "drop_path_rate"),
@@ -33,20 +42,23 @@ LIBRARIES = {
 
 
 def create_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
-    """Return a new network: one of `VARIANTS`, `road:<step>`, `timm:<name>` or `torchvision:<name>`.
+    """Return a new network: one of `VARIANTS`, `road:<step>`, `isotropic:<name>`, `timm:<name>`, `torchvision:<name>`.
 
     Raises ValueError, listing what is valid, for any other name, and for a recipe that sets a field which the network
     does not have.
     """
     library, _, rest = name.rpartition(":")
-    if name not in VARIANTS and library != "road" and library not in LIBRARIES:
+    small = library == "isotropic" and rest in ISOTROPIC
+    if name not in VARIANTS and library != "road" and library not in LIBRARIES and not small:
         raise ValueError(
-            f"unknown model {name!r}; valid: {', '.join(VARIANTS)}, timm:<name>, torchvision:<name>, and road:<step> "
-            f"with a step out of {', '.join(roadmap.STEPS)}"
+            f"unknown model {name!r}; valid: {', '.join(VARIANTS)}, timm:<name>, torchvision:<name>, isotropic:<name> "
+            f"with a name out of {', '.join(ISOTROPIC)}, road:<step> with a step out of {', '.join(roadmap.STEPS)}"
         )
     _check_fields(name, ROAD if library == "road" else name, recipe)
     if name in VARIANTS:
         return _create_variant(name, recipe, num_classes)
+    if small:
+        return ISOTROPIC[rest](num_classes=num_classes, drop_path_rate=recipe.drop_path)
     if library == "road":
         model = roadmap.build(
             rest, num_classes=num_classes, width_multiplier=recipe.width_multiplier, drop_path_rate=recipe.drop_path
