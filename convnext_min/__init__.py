@@ -24,6 +24,7 @@ from convnext_min.weights import (
     list_pretrained,
     load,
     load_pretrained,
+    read_labels,
     save_pretrained,
 )
 
@@ -52,5 +53,6 @@ __all__ = [
     "list_pretrained",
     "load",
     "load_pretrained",
+    "read_labels",
     "save_pretrained",
 ]

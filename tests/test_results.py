@@ -10,8 +10,9 @@ import pytest
 import yaml
 from helpers import run_cell
 
-from convnext_min import recipes
+from convnext_min import recipes, weights
 from convnext_min.book import results
+from convnext_min.convnext import ConvNeXt
 
 ROOT = Path(__file__).parents[1]
 SUMMARIES = sorted((ROOT / "book" / "results" / "imagenette").glob("*/summary.json"))
@@ -98,6 +99,17 @@ def test_without_a_checkout_they_are_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path / "missing")
     monkeypatch.setattr(results, "ADDRESS", (tmp_path / "served").as_uri())
     assert results.rows("runs.csv") == [{"step": "1", "top1": "0.5"}]
+
+
+def test_the_small_backbone_is_in_a_checkout_or_downloaded(tmp_path, monkeypatch):
+    assert results.backbone() == results.FOLDER / results.BACKBONE
+    served = tmp_path / "served" / results.BACKBONE
+    weights.save_pretrained(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=2), served, ["cat", "dog"])
+    (served / "summary.json").write_text("{}")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "missing")
+    monkeypatch.setattr(results, "ADDRESS", (tmp_path / "served").as_uri())
+    folder = results.backbone()
+    assert weights.read_labels(folder) == ["cat", "dog"] and weights.load(folder).head.out_features == 2
 
 
 def test_they_are_fetched_from_the_repository_of_the_book():

@@ -247,6 +247,7 @@ def test_a_folder_in_hugging_faces_layout(small, tmp_path):
     assert equal(weights.load(folder).state_dict(), small.state_dict())
     theirs = ConvNextForImageClassification.from_pretrained(folder)
     assert theirs.config.id2label[4] == "emu" and theirs.config.label2id["bee"] == 1
+    assert weights.read_labels(folder) == labels
     images = torch.randn(2, 3, 64, 32)
     torch.testing.assert_close(logits(theirs, images), logits(small, images), rtol=1e-5, atol=1e-5)
 

@@ -10,9 +10,24 @@ from typing import Any
 import numpy as np
 
 from convnext_min import __version__
+from convnext_min.download import download
 
 FOLDER = Path(__file__).parents[2] / "book" / "results"
 ADDRESS = f"https://raw.githubusercontent.com/convnext-book/convnext-book/v{__version__}/book/results"
+
+BACKBONE = "backbone/convnext_atto"
+
+
+def backbone() -> Path:
+    """Return the folder of the small backbone: the one in a checkout, or a copy that is downloaded once.
+
+    `convnext_min.load` reads it, and `convnext_min.read_labels` the names of its classes. Raises ConnectionError if it
+    has to be downloaded and cannot be.
+    """
+    if FOLDER.is_dir():
+        return FOLDER / BACKBONE
+    files = [download(f"{ADDRESS}/{BACKBONE}/{name}") for name in ("config.json", "summary.json", "model.safetensors")]
+    return files[0].parent
 
 
 def content(name: str) -> bytes:
