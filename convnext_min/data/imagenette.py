@@ -15,6 +15,7 @@ import torch
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm.auto import tqdm
 
+from convnext_min.data import decoded
 from convnext_min.data.files import class_folders, decode, find_images
 from convnext_min.data.images import ImageSet
 from convnext_min.data.synthetic import synthetic_images
@@ -85,15 +86,7 @@ def image_folder(root: Path | str, size: int = 160, exif_orientation: bool = Tru
     if files.left_out:
         _print_once(files.note())
     paths, labels = [files.root / path for path in files.paths], torch.from_numpy(files.labels)
-    pixels = np.empty((len(paths), size, size, 3), np.uint8)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the interpreter's lock
-        decoded = pool.map(functools.partial(decode, size=size, exif_orientation=exif_orientation), paths)
-        damaged = []
-        for index, image in enumerate(tqdm(decoded, "decoding", len(paths), unit="image", delay=1)):
-            if image is None:
-                damaged.append(index)
-            else:
-                pixels[index] = image  # NumPy copies in one thread; PyTorch would take cores from the decoding threads
+    pixels, damaged = _pixels(paths, size, exif_orientation)
     images = torch.from_numpy(pixels)
     if damaged:
         names = ", ".join(str(paths[index]) for index in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
@@ -106,6 +99,26 @@ def image_folder(root: Path | str, size: int = 160, exif_orientation: bool = Tru
     source = f"{files.root.parent.name}/{files.root.name}: {len(labels):,} images at {size}x{size}"
     classes = tuple(WNIDS.get(folder, folder) for folder in files.folders)
     return ImageSet(images.permute(0, 3, 1, 2), labels, classes, source, tuple(paths[index] for index in damaged))
+
+
+def _pixels(paths: list[Path], size: int, exif_orientation: bool) -> tuple[np.ndarray, list[int]]:
+    """Return the images, uint8 (N, size, size, 3), from the cache or decoded, and the numbers of the damaged files."""
+    shape = (len(paths), size, size, 3)
+    cached = len(paths) >= decoded.SMALLEST
+    key = decoded.cache_key(paths, size, exif_orientation) if cached else ""
+    if cached and (kept := decoded.find(key, shape)) is not None:
+        return kept, []
+    pixels, damaged = np.empty(shape, np.uint8), []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the interpreter's lock
+        images = pool.map(functools.partial(decode, size=size, exif_orientation=exif_orientation), paths)
+        for index, image in enumerate(tqdm(images, "decoding", len(paths), unit="image", delay=1)):
+            if image is None:
+                damaged.append(index)
+            else:
+                pixels[index] = image  # NumPy copies in one thread; PyTorch would take cores from the decoding threads
+    if cached and not damaged and (line := decoded.keep(key, pixels)):
+        _print_once(line)
+    return pixels, damaged
 
 
 def _find_splits(root: Path, origin: str, splits: tuple[str, ...]) -> Path:

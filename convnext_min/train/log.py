@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from convnext_min.environment import atomic_write
 from convnext_min.train import distributed
 from convnext_min.train.checkpoint import warn_on_failure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from convnext_min.train.trainer import Trainer
 
 METRICS = {  # columns that are fractions, and their names at the terminal
@@ -44,6 +44,8 @@ class Log:
         if folder:
             self.folder = folder
             self.folder.mkdir(parents=True, exist_ok=True)
+            from torch.utils.tensorboard import SummaryWriter  # here and below: half a second of imports
+
             self.events = SummaryWriter(str(folder), purge_step=step + 1)  # keeps the row of `step`
         if wandb:
             run = {"name": folder.name, "id": wandb_id(folder)} if folder else {}
@@ -113,6 +115,8 @@ def format_row(row: dict[str, Any]) -> str:
 
 def training_curve(rows: Sequence[Mapping[str, Any]], fig: Figure | None = None) -> Figure:
     """Return losses and accuracies over the epochs, from the rows of a log, drawn into a figure or its two axes."""
+    from matplotlib.figure import Figure
+
     fig = fig or Figure(figsize=(8, 2.8), layout="constrained")
     left, right = fig.axes or fig.subplots(1, 2)
     for ax, names, unit in (
