@@ -239,7 +239,7 @@ def draw_steps(*slugs: str, stage: int = 0, first: bool = False, regime: str = "
     Boxes that the step to the left lacks have a red edge, boxes that the step to the right lacks a dashed one.
     """
     diagrams = {paper.ROADS[regime][slug].label: trace(*road_block(slug, stage, first, regime)) for slug in slugs}
-    return _draw(diagrams, _edges([_labels(diagram) for diagram in diagrams.values()]))
+    return _draw(diagrams, changed_edges([labels_of(diagram) for diagram in diagrams.values()]))
 
 
 def draw_blocks(blocks: Mapping[str, tuple[nn.Module, Shape] | Diagram]) -> Figure:
@@ -249,14 +249,14 @@ def draw_blocks(blocks: Mapping[str, tuple[nn.Module, Shape] | Diagram]) -> Figu
     channels × height × width, is beside each arrow. A d before a kernel means depthwise.
     """
     diagrams = {title: b if isinstance(b[0], Residual) else trace(*b) for title, b in blocks.items()}
-    return _draw(diagrams, [["same"] * len(_labels(diagram)) for diagram in diagrams.values()])
+    return _draw(diagrams, [["same"] * len(labels_of(diagram)) for diagram in diagrams.values()])
 
 
-def _labels(diagram: Diagram) -> list[str]:
+def labels_of(diagram: Diagram) -> list[str]:
     return [op.label for part in diagram for op in part.boxes]
 
 
-def _edges(columns: Sequence[Sequence[str]]) -> list[list[str]]:
+def changed_edges(columns: Sequence[Sequence[str]]) -> list[list[str]]:
     """Return the edge (a key of EDGES) of every box, given the labels of the boxes of each diagram."""
     edges = [["same"] * len(column) for column in columns]
     for i in range(1, len(columns)):
@@ -284,7 +284,7 @@ def _draw(diagrams: Mapping[str, Diagram], edges: Sequence[Sequence[str]]) -> Fi
     plt.close(fig)
     ax = fig.add_axes((0, 0, 1, 1))
     pitch = 6.0 / max(len(diagrams), 2)
-    pen = _Pen(ax, pitch, diagrams.values())
+    pen = Pen(ax, pitch, diagrams.values())
     bottom = 0.0
     for i, (title, diagram) in enumerate(diagrams.items()):
         center = (i + 0.5) * pitch if len(diagrams) > 1 else 3.0
@@ -310,7 +310,7 @@ def _legend(ax: Axes, diagrams: Collection[Diagram], edges: set[str]) -> int:
     return math.ceil(len(handles) / columns)
 
 
-class _Pen:
+class Pen:
     """Draws diagrams on axes whose unit is an inch, y downwards. Methods return the y they have reached."""
 
     def __init__(self, ax: Axes, pitch: float, diagrams: Collection[Diagram]):
@@ -321,12 +321,12 @@ class _Pen:
         self.pitch = min(pitch, 2.6) if self.lanes == 1 else pitch
         self.font = 9 if self.lanes == 2 else 10 if pitch >= 2 else 7.5
 
-    def draw(self, center: float, title: str, diagram: Diagram, edges: Sequence[str]) -> float:
+    def draw(self, center: float, title: str, diagram: Diagram, edges: Sequence[str], top: float = 0.0) -> float:
         residual = any(part.shortcut is not None for part in diagram)
         x = center + self.pitch * (0.24 if self.lanes == 2 else 0.06 if residual else 0.0)
         side = center - self.pitch * (0.25 if self.lanes == 2 else 0.36)
-        self.text(center, 0.15, title, fontweight="bold")
-        y, remaining = 0.3, iter(edges)
+        self.text(center, top + 0.15, title, fontweight="bold")
+        y, remaining = top + 0.3, iter(edges)
         for part in diagram:
             start = y + 0.06
             y = self.chain(x, y, part.branch, remaining)
