@@ -278,7 +278,7 @@ def without_images(before, after, draws, rng):
             lambda c: (np.diff(c).mean(), np.diff(c, axis=0).mean(), 0),
             "interaction of .*which is not correct",
         ),
-        ("bootstrap", lambda before, after, draws, rng: None, "2000 draws are asked for, got None"),
+        ("bootstrap", lambda before, after, draws, rng: None, "expected 2000 draws, got None"),
         ("bootstrap", lambda before, after, draws, rng: np.zeros(draws) - 5, "on average"),
         ("bootstrap", drawn_apart, "runs that agree: .* too much"),
         ("bootstrap", without_seeds, "seeds apart: .* too little: are seeds drawn"),

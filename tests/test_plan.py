@@ -24,10 +24,10 @@ def test_the_papers_run_on_eight_gpus():
     text = str(made)
     for part in (
         "effective batch size 4,096 = 8 processes × 128 images × 4 gradient accumulation steps",
-        "93,600 steps",
+        "93,600 iterations",
     ):
         assert part in text
-    assert "6,240 steps of warm-up" in text and "EMA half-life: 22 epochs" in text and "16.6 hours" in text
+    assert "6,240 iterations of warm-up" in text and "EMA half-life: 22 epochs" in text and "16.6 hours" in text
 
 
 def test_more_processes_accumulate_less_and_change_nothing_else():
@@ -68,7 +68,7 @@ def test_a_run_of_minutes_has_no_steps_to_plan():
     [
         ({"base_batch": 256}, IMAGES, "learning rate 0.064 is 16 times that of the rule, 0.004 for 4096"),
         ({"batch_size": 512}, 300, r"512 images is larger than the training set of 300: --set batch_size=16 or less"),
-        ({"epochs": 3}, 409_600, "EMA decay 0.9999 is too slow for 300 steps: 97% of the EMA"),  # 0.9999^300
+        ({"epochs": 3}, 409_600, "EMA decay 0.9999 is too slow for 300 iterations: 97% of the EMA"),  # 0.9999^300
         ({"resolution": 32}, IMAGES, r"at 32 pixels the last feature map is 1×1.*resolution=64 or more"),
         ({"progressive": ((0.5, 48),)}, IMAGES, "at 48 pixels the last feature map is 1×1"),
     ],
@@ -110,7 +110,7 @@ def test_the_command_line_plans_and_measures(capsys):
     plan_main(["--recipe", "imagenette", "--model", "convnext_atto", "--measure", "--set", *small])
     assert "images per second and process" in capsys.readouterr().out
     plan_main(["--recipe", "road", "--model", "road:convnext"])
-    assert "147 steps per epoch" in capsys.readouterr().out
+    assert "147 iterations per epoch" in capsys.readouterr().out
     for more, message in (
         (["--images-per-second", "0"], "error: the images per second must be positive, got 0"),
         (["--gpus", "0", "--measure"], "error: the number of processes must be positive, got 0"),

@@ -60,10 +60,10 @@ def test_initial_weights_vanish_from_a_short_average_but_not_from_a_constant_one
 def test_description_does_the_arithmetic():
     text = recipes.describe(recipes.get("imagenette", ["epochs=10", "batch_size=128", "warmup=0.05"]), 9469)
     for part in (
-        "10 epochs = 730 steps of 128 images",
-        "73 steps per epoch",
+        "10 epochs = 730 iterations of 128 images",
+        "73 iterations per epoch",
         "rate 0.004 (0.002 for 64",
-        "36 steps of warm",
+        "36 iterations of warm",
     ):
         assert part in text
     assert "3 minutes of 64 images" in recipes.describe(recipes.get("imagenette", ["minutes=3"]), 9469)

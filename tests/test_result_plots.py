@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.container import BarContainer
 
-from convnext_min import paper, recipes
+from convnext_min import paper
 from convnext_min.book import analysis, result_figures, results
-from convnext_min.measure import count_macs, count_parameters
-from convnext_min.roadmap import STEPS, build
+from convnext_min.roadmap import STEPS
 
 IMAGES = 200
 
@@ -109,14 +108,13 @@ def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder
 
 
 def test_timed_runs_are_drawn_by_label_and_processor(runs):
-    fig = result_figures.timed_runs(runs)
-    left, right = fig.axes
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ours, A", "x, A", "ours, A, AVX2"]
-    assert [list(line.get_xdata()) for line in left.lines[::2]] == [[1.5, 3], [1.5, 3], [5, 10], [1.5, 3], [1.5, 3]]
-    line, dots = right.lines[:2]
-    ours, other = right.lines[1], right.lines[5]  # the same recipe: one colour, told apart by the filling
-    assert ours.get_color() == other.get_color() and ours.get_markerfacecolor() != other.get_markerfacecolor()
+    (ax,) = result_figures.timed_runs(runs).axes
+    assert [text.get_text() for text in ax.texts] == ["ours,\nA", "x,\nA", "ours,\nA, AVX2"]
+    line, dots = ax.lines[:2]
     assert list(line.get_ydata()) == pytest.approx([61, 70]) and list(dots.get_ydata()) == pytest.approx([60, 62, 70])
+    ours, other = ax.lines[1], ax.lines[5]  # the same recipe: one colour, told apart by the filling
+    assert ours.get_color() == other.get_color() and ours.get_markerfacecolor() != other.get_markerfacecolor()
+    assert [text.get_ha() for text in ax.texts] == ["left", "right", "right"]  # one dot alone has its name on the left
 
 
 def test_a_contest_has_a_row_for_each_implementation(folder):
@@ -136,6 +134,27 @@ def test_a_contest_has_a_row_for_each_implementation(folder):
         ("convnext_atto, 128 px, 32 images", "convnext_min", "298 (288–301)", "", "bf16, NCHW, eager"),
         ("", "timm", "129 (124–130)", "2.30 (2.22–2.34)", "fp32, NCHW, eager"),
     )
+
+
+def test_curves_of_trials_and_their_averages(folder):
+    rows = [
+        {"trial": trial, "seed": 0, "epoch": 1, "step": 10, "train_loss": 2, "top1": 0.5, "ema_top1": averaged}
+        for trial, averaged in (("plain", 0.4), ("good", 0.3), ("bad", 0.2))
+    ]
+    write_csv(folder / "small_data_ablation" / "curves.csv", rows)
+    left, right = result_figures.trial_curves(["plain", "good"]).axes
+    assert [line.get_label() for line in left.lines[:2]] == ["plain", "good"]
+    assert right.lines[0].get_ydata()[0] == 50 and right.lines[2].get_ydata()[0] == 10  # guessing
+    weights, short, long = result_figures.ema_curves({"plain": "short", "bad": "long"}).axes[0].lines
+    assert [line.get_label() for line in (weights, short, long)] == ["the weights", "short", "long"]
+    assert (short.get_ydata()[-1], long.get_ydata()[-1]) == (40, 20)
+
+
+def test_errors_in_common_are_compared_with_chance():
+    wrong = np.array([[True, True, False, False], [True, False, False, False]])  # error rates 1/2 and 1/4
+    ax = result_figures.errors_in_common(wrong).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [2, 1, 1]
+    assert list(ax.lines[0].get_ydata()) == pytest.approx([4 * 3 / 8, 4 * 4 / 8, 4 * 1 / 8])
 
 
 def test_confusions_count_images_of_a_class_by_their_answer():
@@ -208,14 +227,11 @@ def test_a_road_step_without_a_published_row_has_our_numbers_alone(road, monkeyp
     assert np.isfinite(analysis.rank_agreement(right).value)
 
 
-def test_costs_of_the_road_are_those_of_the_small_networks(road):
-    macs, parameters, time = result_figures.road_costs().axes
-    assert list(time.lines[0].get_xdata()) == list(range(1, 17))
-    recipe = recipes.get("road")
-    small = build("resnet50", num_classes=10, width_multiplier=recipe.width_multiplier)
-    assert macs.lines[0].get_xdata()[0] == pytest.approx(count_macs(small, recipe.resolution) / 1e6)
-    assert parameters.lines[0].get_xdata()[0] == pytest.approx(count_parameters(small) / 1e6)
-    assert list(macs.lines[0].get_ydata()) == pytest.approx([50 + 0.5 * i for i in range(16)])
+def test_each_network_of_the_road_is_a_dot_at_its_time_and_accuracy(road):
+    (ax,) = result_figures.road_costs().axes
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
+    assert dots == [(i + 1, pytest.approx(50 + 0.5 * i)) for i in range(16)]
+    assert ax.texts[0].get_text() == "ResNet-50"
 
 
 def ends(folder, experiment, conditions):
@@ -234,6 +250,29 @@ def test_the_grid_has_a_line_for_each_network(folder):
     ax = result_figures.recipe_grid().axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
     assert lines == {"ResNet-50": pytest.approx([40, 50]), "ConvNeXt": pytest.approx([50, 60])}
+
+
+def test_the_recipes_are_compared_by_learning_rate_loss_and_time(folder):
+    experiment = "convnext_init/recipe_by_architecture"
+    curves = [
+        {"trial": f"{end}, {recipe}", "seed": seed, "epoch": 1, "train_loss": 1 + seed}
+        for end in ("resnet50", "convnext")
+        for recipe in ("road-classic", "road")
+        for seed in range(2)
+    ]
+    write_csv(folder / experiment / "curves.csv", curves)
+    classic, small = result_figures.loss_by_recipe().axes
+    assert classic.get_title() == "classic recipe" and [line.get_ydata()[0] for line in small.lines] == [1.5, 1.5]
+    write_csv(folder / experiment / "runs.csv", [row | {"cpu_seconds": 60 * row["train_loss"]} for row in curves])
+    assert result_figures.times_by_recipe().rows[1] == ("small-run recipe", "1.5", "1.5")
+    trials = ("resnet50, 0.1, classic", "resnet50, 0.002", "resnet50, 0.004", "inverted, 0.001")
+    answers = {f"{trial}/0": (np.arange(100) >= 10 * i).astype(int) for i, trial in enumerate(trials)}
+    write_csv(folder / "sweep" / "runs.csv", [{"trial": trial, "seed": 0} for trial in trials])
+    np.savez(folder / "sweep" / "predictions.npz", labels=np.zeros(100), **answers)
+    classic, small = result_figures.learning_rate_sweep("sweep").axes
+    assert classic.lines[0].get_xdata()[0] == pytest.approx(0.025)  # 0.1 for 256 images, and the batch has 64
+    assert dict(zip(*(list(line) for line in small.lines[0].get_data()))) == pytest.approx({0.002: 10, 0.004: 20})
+    assert [text.get_text() for text in small.texts] == ["inverted bottleneck"]  # tried at one learning rate
 
 
 def test_fractions_are_drawn_over_the_part_of_the_images(folder):

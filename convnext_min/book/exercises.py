@@ -115,7 +115,7 @@ def check_bottleneck_macs(answer) -> None:
     for width, size in ((64, 56), (80, 20), (512, 7)):
         right = count_macs(blocks.Bottleneck(4 * width, width), size, 4 * width)
         expect(answer(width, size), right, f"bottleneck_macs({width}, {size})", reveal=False)
-    solved("17 multiplications for each pair of inner channels and each pixel")
+    solved("17 multiplications per pixel and pair of inner channels")
 
 
 def check_projection_share(answer) -> None:
@@ -125,7 +125,7 @@ def check_projection_share(answer) -> None:
     convs = [stage[0].shortcut[0] for stage in model.stages]
     macs = sum(conv.in_channels * conv.out_channels * (56 // 2**i) ** 2 for i, conv in enumerate(convs))
     expect(answer, macs / count_macs(model), "projection_share()", 1e-3, reveal=False)
-    solved(f"{answer:.1%} of the MACs only bring inputs to the shape of outputs")
+    solved(f"{answer:.1%} of the MACs are spent on shortcuts that change the shape of their input")
 
 
 def check_learning_rate(answer) -> None:
@@ -137,7 +137,7 @@ def check_learning_rate(answer) -> None:
         for epoch in (0, 2.5, setting["warmup"], 40, epochs // 2, epochs):
             right = recipe.lr_at(epoch / epochs)
             expect(answer(epoch, **setting), right, f"learning_rate({epoch}, **{setting})", 1e-6)
-    solved("the trainer's schedule")
+    solved("it equals the trainer's schedule")
 
 
 def check_drop_path_rates(answer) -> None:
@@ -161,7 +161,7 @@ def check_network_macs(answer) -> None:
         with torch.device("meta"):
             right = count_macs(RoadNet(replace(STEPS["resnet50"], depths=depths)))
         expect(answer(depths), right, f"network_macs({depths})", reveal=False)
-    solved("every further block costs the same, in whatever stage it is")
+    solved("each additional block costs the same, whatever its stage")
 
 
 def check_patchify_linear(answer) -> None:
@@ -186,7 +186,7 @@ def check_shift_error(answer) -> None:
             value = answer(stem, images, shift)
             if not isinstance(value, (int, float)) or not math.isclose(value, right, rel_tol=1e-3, abs_tol=1e-6):
                 raise AssertionError(f"shift_error of the {slug} stem at {shift} px: got {value}, which is not right")
-    solved("a patchify stem follows a shift exactly if it is a whole patch, and only then")
+    solved("the output of a patchify stem shifts with the image only if the shift is a whole patch")
 
 
 # 03 ResNeXt-ify
@@ -198,7 +198,7 @@ def check_grouped_macs(answer) -> None:
         in_chans, out_chans, size, kernel_size, groups = case
         conv = nn.Conv2d(in_chans, out_chans, kernel_size, padding=kernel_size // 2, groups=groups)
         expect(answer(*case), count_macs(conv, size, in_chans), f"grouped_macs{case}", reveal=False)
-    solved("the counter's figure, from one group to one a channel")
+    solved("it equals PyTorch's count, from one group to one group per channel")
 
 
 def check_resnext_block(answer) -> None:
@@ -221,7 +221,7 @@ def check_fold_separable(answer) -> None:
         conv2d = nn.functional.conv2d
         right = conv2d(conv2d(x, depthwise, padding=k // 2, groups=chans), pointwise)
         expect(conv2d(x, weight, padding=k // 2), right, "output of the folded convolution", 1e-4)
-    solved("of D C k^2 numbers C (k^2 + D - 1) are free: k^2 and D a channel, less the scale that both have")
+    solved("only C (k^2 + D - 1) of the D C k^2 weights are free: k^2 + D per channel, minus a scale that both share")
 
 
 def check_widest(answer) -> None:
@@ -234,7 +234,7 @@ def check_widest(answer) -> None:
             costs = [count_macs(RoadNet(replace(STEPS["depthwise"], width=w))) for w in (width, width + 4)]
         expect(costs[0] <= macs, True, f"width {width} stays within {macs:,} MACs")
         expect(costs[1] > macs, True, f"no larger width than {width} stays within {macs:,} MACs")
-    solved("within the MACs, and 4 channels more would not be")
+    solved("it stays within the MACs, and 4 more channels would not")
 
 
 # 04 Inverted bottleneck
@@ -301,7 +301,7 @@ def check_stack_of_threes(answer) -> None:
         expect(layers, (kernel_size - 1) // 2, f"layers for kernel size {kernel_size}", reveal=False)
         right = layers * 9 / kernel_size**2
         expect(fraction, right, f"fraction of the MACs for kernel size {kernel_size}", 1e-3, reveal=False)
-    solved("fewer MACs, in more layers")
+    solved("fewer MACs, but more layers")
 
 
 def check_depthwise_macs_of_design(answer) -> None:
@@ -313,7 +313,7 @@ def check_depthwise_macs_of_design(answer) -> None:
         for slug in ("move_up", "kernel7", "kernel11"):
             right = one_tap * steps[slug].kernel_size ** 2
             expect(answer(steps[slug]), right, f"MACs of the depthwise convolutions of {slug}, {regime}", reveal=False)
-    solved("the counter's figure in both regimes")
+    solved("it equals PyTorch's count in both regimes")
 
 
 # 06 Micro design
@@ -330,7 +330,7 @@ def check_layer_norm(answer) -> None:
         with torch.no_grad():
             y, right = answer(x, norm.weight, norm.bias), norm(x)
         expect(y, right, f"{chans} channels with a standard deviation of {spread:g}", 1e-3)
-    solved("normalized over the channels of each pixel")
+    solved("it normalizes each pixel over its channels")
 
 
 def check_fold_batch_norm(answer) -> None:
@@ -358,7 +358,7 @@ def check_separate_downsampling_macs(answer) -> None:
             before, after = (count_macs(RoadNet(steps[slug])) for slug in ("layer_norm", "convnext"))
         value = answer(steps["convnext"])
         expect(value, after - before, f"additional MACs in the {regime} regime", reveal=False)
-    solved("the counter's figure in both regimes")
+    solved("it equals PyTorch's count in both regimes")
 
 
 # 07 ConvNeXt
@@ -439,15 +439,17 @@ def check_times_the_rule(answer) -> None:
     for rate, batch in ((4e-2, 1024), (2e-3, 64), (4e-3, 4096), (1e-4, 512)):
         right = rate / Recipe(batch_size=batch).lr
         expect(answer(rate, batch), right, f"times_the_rule({rate:g}, {batch})", 1e-6, reveal=False)
-    solved("40 times too much for the issue; 32 times the rule is what this chapter trains with, in far fewer steps")
+    solved(
+        "the issue has 40 times the rule's learning rate, this chapter's plain recipe 32 times, in far fewer iterations"
+    )
 
 
 def check_decay_for(answer) -> None:
-    """Check exercise 8.2: the EMA decay that leaves a share of the initial weights after given optimizer steps."""
-    for steps, share in ((665, 0.01), (2700, 0.01), (93_600, 0.0001), (10, 0.5)):
-        right = share ** (1 / steps)
-        expect(answer(steps, share), right, f"decay_for({steps}, {share})", 1e-9, reveal=False)
-    solved("the longer the run, the slower the average may be")
+    """Check exercise 8.2: the EMA decay that leaves a share of the initial weights after given iterations."""
+    for iterations, share in ((665, 0.01), (2700, 0.01), (93_600, 0.0001), (10, 0.5)):
+        right = share ** (1 / iterations)
+        expect(answer(iterations, share), right, f"decay_for({iterations}, {share})", 1e-9, reveal=False)
+    solved("a longer run allows a slower average")
 
 
 def check_timed_run(answer) -> None:
@@ -460,7 +462,7 @@ def check_timed_run(answer) -> None:
         asked = f"of timed_run({seconds}, {until}, {speeds}, {images})"
         expect(pair[0], (small + large) / images, f"epochs {asked}", 1e-6, reveal=False)
         expect(pair[1], small / (small + large), f"part {asked}", 1e-6, reveal=False)
-    solved("small images pass faster, so that they are a larger part of the steps than of the time")
+    solved("small images are processed faster, so their share of the iterations is larger than their share of the time")
 
 
 def check_stubborn(answer) -> None:
@@ -468,18 +470,18 @@ def check_stubborn(answer) -> None:
     generator = np.random.default_rng(0)
     for runs, images in ((2, 50), (4, 2000)):
         labels = generator.integers(10, size=images).astype(np.uint16)
-        answers = generator.integers(10, size=(runs, images)).astype(np.uint16)
+        predictions = generator.integers(10, size=(runs, images)).astype(np.uint16)
         agreed = generator.random(images) < 0.4
-        answers[:, agreed] = answers[0, agreed]
-        numbers = answer(answers, labels)
-        expect(None if numbers is None else True, True, "stubborn(answers, labels)")
-        right = [i for i in range(images) if len({*answers[:, i]}) == 1 and answers[0, i] != labels[i]]
+        predictions[:, agreed] = predictions[0, agreed]
+        numbers = answer(predictions, labels)
+        expect(None if numbers is None else True, True, "stubborn_in_one_way(predictions, labels)")
+        right = [i for i in range(images) if len({*predictions[:, i]}) == 1 and predictions[0, i] != labels[i]]
         got = sorted(int(number) for number in numbers)
         if got != right:
             extra, missed = set(got) - set(right), set(right) - set(got)
             found = f"{len(extra)} of those returned are not stubborn, and {len(missed)} stubborn ones are missing"
             raise AssertionError(f"{images} images, {runs} runs: {found}")
-    solved("wrong, and wrong in the same way, in every run")
+    solved("these images are wrong in the same way in every run")
 
 
 # 09 Recipe or architecture?
@@ -495,7 +497,7 @@ def check_effects(answer) -> None:
             raise AssertionError(f"the answer is a triple (recipe, network, interaction), got {given}")
         for (name, value), got in zip(right.items(), given):
             expect(None if got is None else float(got), value, f"{name} of {cells}", 1e-6, reveal=False)
-    solved("an interaction of zero would mean that recipe and network can be chosen one by one")
+    solved("with an interaction of zero, recipe and network could be chosen separately")
 
 
 def check_bootstrap(answer) -> None:
@@ -508,17 +510,19 @@ def check_bootstrap(answer) -> None:
         drawn = answer(before, after, 2000, np.random.default_rng(1))
         if np.shape(drawn) != (2000,):
             got = None if drawn is None else np.shape(drawn)
-            raise AssertionError(f"{name}: 2000 draws are asked for, got {got}")
+            raise AssertionError(f"{name}: expected 2000 draws, got {got}")
         gaps, middle, spread = 100 * (after.astype(float) - before), np.mean(drawn), np.std(drawn)
         if abs(middle - gaps.mean()) > 1:
             raise AssertionError(f"{name}: the draws are {middle:.2f} on average, the difference {gaps.mean():.2f}")
         by_seed = gaps.mean(1).std() / len(gaps) ** 0.5  # the spread from drawing seeds alone
         by_image = gaps.mean(0).std() / gaps.shape[1] ** 0.5  # and from drawing images alone
         if spread > 1.35 * (by_seed**2 + 2 * by_image**2) ** 0.5:
-            raise AssertionError(f"{name}: they scatter by {spread:.2f}, too much: are the same images drawn for both?")
+            raise AssertionError(
+                f"{name}: the draws spread by {spread:.2f}, too much: are the images the same for both?"
+            )
         if spread < 0.8 * {"images": by_image, "seeds": by_seed}[missing]:
-            raise AssertionError(f"{name}: they scatter by {spread:.2f}, too little: are {missing} drawn, too?")
-    solved("the interval holds the scatter of seeds and of images, and pairs stay pairs")
+            raise AssertionError(f"{name}: the draws spread by {spread:.2f}, too little: are {missing} drawn, too?")
+    solved("the interval includes the spread of seeds and of images, and pairs stay together")
 
 
 def check_seeds_needed(answer) -> None:
@@ -534,10 +538,10 @@ def check_seeds_needed(answer) -> None:
 
 def check_epochs_for(answer) -> None:
     """Check exercise 10.1: the fewest epochs over a set of images that give at least a number of whole batches."""
-    for images, batch, steps in ((946, 64, 1323), (2841, 64, 1323), (9469, 64, 1323), (640, 64, 100), (64, 64, 7)):
-        right = next(epochs for epochs in itertools.count(1) if epochs * (images // batch) >= steps)
-        expect(answer(images, batch, steps), right, f"epochs_for({images}, {batch}, {steps})", reveal=False)
-    solved("as many steps as with all images, and each image seen many times as often")
+    for images, batch, iterations in ((946, 64, 1323), (2841, 64, 1323), (9469, 64, 1323), (640, 64, 100), (64, 64, 7)):
+        right = next(epochs for epochs in itertools.count(1) if epochs * (images // batch) >= iterations)
+        expect(answer(images, batch, iterations), right, f"epochs_for({images}, {batch}, {iterations})", reveal=False)
+    solved("as many iterations as with all images, and each image is seen many times more often")
 
 
 def check_crossing(answer) -> None:
@@ -559,7 +563,7 @@ def check_crossing(answer) -> None:
         (low, high), (below, above) = turns[0]
         right = math.exp(math.log(low) + (math.log(high) - math.log(low)) * -below / (above - below))
         expect(None if got is None else float(got), right, asked, 1e-6, reveal=False)
-    solved("a number of images where neither network is ahead, if the lines between the points can be trusted")
+    solved("at this number of images neither network is ahead, if straight lines between the points are right")
 
 
 def check_power_law(answer) -> None:
@@ -570,7 +574,7 @@ def check_power_law(answer) -> None:
         got = answer(known, errors, wanted)
         asked = f"power_law({known}, {[round(error, 3) for error in errors]}, {wanted})"
         expect(None if got is None else float(got), a * wanted**-b, asked, 1e-6, reveal=False)
-    solved("a straight line on two logarithmic axes")
+    solved("a power law is a straight line on two logarithmic axes")
 
 
 # 11 The full ImageNet recipe
@@ -583,15 +587,17 @@ def check_accumulation(answer) -> None:
         micro_batch = max(part for part in range(1, min(memory, share) + 1) if share % part == 0)
         right = (micro_batch, share // micro_batch)
         expect(answer(batch, processes, memory), right, f"accumulation({batch}, {processes}, {memory})", reveal=False)
-    solved("as few parts as the memory allows, and the batch stays what the recipe says")
+    solved("as few parts as the memory allows, and the batch size is the recipe's")
 
 
 def check_epochs_to_forget(answer) -> None:
     """Check exercise 11.2: the epochs until an EMA with constant decay has forgotten the initial weights."""
-    for decay, steps, share in ((0.9999, 312, 0.01), (0.9999, 147, 0.01), (0.999, 10, 0.5), (0.99, 1000, 0.01)):
-        right = next(epochs for epochs in itertools.count(1) if decay ** (epochs * steps) < share)
-        expect(answer(decay, steps, share), right, f"epochs_to_forget({decay}, {steps}, {share})", reveal=False)
-    solved("half of the paper's run; a run that is shorter needs a faster average")
+    for decay, iterations, share in ((0.9999, 312, 0.01), (0.9999, 147, 0.01), (0.999, 10, 0.5), (0.99, 1000, 0.01)):
+        right = next(epochs for epochs in itertools.count(1) if decay ** (epochs * iterations) < share)
+        expect(
+            answer(decay, iterations, share), right, f"epochs_to_forget({decay}, {iterations}, {share})", reveal=False
+        )
+    solved("this takes half of the paper's run; a shorter run needs a faster average")
 
 
 def check_layer_group(answer) -> None:

@@ -1,19 +1,16 @@
 """Figures and tables of the committed experiments (book/results), next to the paper's numbers where it has them."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from statistics import mean
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
-from convnext_min.measure import count_macs
 from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import STEPS, build
+from convnext_min.roadmap import STEPS
 
 ROAD = "convnext_init/road"  # the experiment that the pages show
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
@@ -78,45 +75,33 @@ def road_gains() -> Figure:
 
 
 def road_costs() -> Figure:
-    """Plot top-1 of the small runs against MACs, parameters and measured time: one point per step, joined in order."""
+    """Plot top-1 of the small runs against the measured time of a run: one dot per step of the road."""
     right = analysis.correct(ROAD)
-    steps = [slug for slug in STEPS if slug in right]
-    recipe = RECIPES["road"]
     rows = results.rows(f"{ROAD}/runs.csv")
-    costs = {"MACs (millions)": [], "parameters (millions)": [], "time (core-minutes)": []}
-    for slug in steps:
-        with torch.device("meta"):
-            model = build(slug, num_classes=10, width_multiplier=recipe.width_multiplier)
-        costs["MACs (millions)"].append(count_macs(model, recipe.resolution) / 1e6)
-        costs["parameters (millions)"].append(sum(p.numel() for p in model.parameters()) / 1e6)
-        times = [float(row["cpu_seconds"]) for row in rows if row["trial"] == slug]
-        costs["time (core-minutes)"].append(float(np.median(times)) / 60)
-    top1 = [analysis.top1(right[slug]) for slug in steps]
-    fig, axes = figure(3.0, 3, sharey=True)
-    for ax, (name, values) in zip(axes, costs.items()):
-        mean, std = zip(*top1)
-        ax.plot(values, mean, color=BLUE, linewidth=1, alpha=0.4)
-        ax.errorbar(values, mean, yerr=std, fmt="o", color=BLUE, markersize=4, elinewidth=1.2)
-        for slug, (label, color) in ENDS.items():
-            i = steps.index(slug)
-            ax.plot(values[i], mean[i], "o", color=color, markersize=8, zorder=3, label=label)
-        ax.set_xlabel(name)
-        ax.margins(x=0.12)
-    for panel, slug, side in ((0, "depthwise", "left"), (0, "fewer_acts", "center"), (2, "inverted", "right")):
-        point = list(costs.values())[panel][steps.index(slug)], top1[steps.index(slug)].mean
-        place = {"xytext": (0, -28 if slug == "depthwise" else 9), "textcoords": "offset points", "ha": side}
-        axes[panel].annotate(_label(slug), point, **place, fontsize=9)
-    axes[0].margins(y=0.12)
-    axes[0].set_ylabel("Imagenette top-1 (%)")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    fig, ax = figure(3.4)
+    places = {"resnet50": (8, 4), "convnext": (8, -4), "depthwise": (8, -4), "inverted": (-8, 8), "fewer_acts": (8, 4)}
+    for slug in STEPS:
+        if slug not in right:
+            continue
+        minutes = float(np.median([float(row["cpu_seconds"]) for row in rows if row["trial"] == slug])) / 60
+        mean, std = analysis.top1(right[slug])
+        color = ENDS[slug][1] if slug in ENDS else GREY
+        ax.errorbar(minutes, mean, yerr=std, fmt="o", color=color, markersize=6, elinewidth=1.2)
+        if slug in places:
+            side = "right" if slug == "inverted" else "left"
+            name = ENDS[slug][0] if slug in ENDS else _label(slug)
+            ax.annotate(name, (minutes, mean), places[slug], textcoords="offset points", ha=side)
+    ax.margins(x=0.12, y=0.12)
+    ax.set_xlabel("time of a run (core-minutes)")
+    ax.set_ylabel("Imagenette top-1 (%)")
     return fig
 
 
 def recipe_grid() -> Figure:
-    """Plot ResNet-50 and ConvNeXt with the classic and the modern recipe: a point per run, a line through the means."""
+    """Plot ResNet-50 and ConvNeXt with the classic and the small-run recipe: a dot per run, lines join the means."""
     right = analysis.correct("convnext_init/recipe_by_architecture")
     fig, ax = figure(3.2)
-    names = {"road-classic": "classic recipe\n(SGD, steps)", "road": "modern recipe\n(AdamW, cosine)"}
+    names = {"road-classic": "classic recipe\n(SGD, steps)", "road": "small-run recipe\n(AdamW, cosine)"}
     for shift, (slug, (label, color)) in zip((-0.03, 0.03), ENDS.items()):
         cells = [100 * right[f"{slug}, {name}"].mean(1) for name in names]
         ax.plot(
@@ -240,7 +225,7 @@ def _timed(runs: Runs) -> dict[tuple[str, str, float], list[tuple[dict, list[Row
 
 
 def timed_table(runs: Runs) -> Table:
-    """Return a row per label, processor and minutes of timed runs: top-1 with its spread, seeds, epochs, steps.
+    """Return a row per label, processor and minutes of timed runs: top-1 with its spread, seeds, epochs, iterations.
 
     Raises ValueError if the runs were evaluated on different numbers of images.
     """
@@ -255,40 +240,35 @@ def timed_table(runs: Runs) -> Table:
         epochs, steps = (mean(logged[-1][name] for _, logged in made) for name in ("epoch", "step"))
         accuracy = f"{top1.mean():.1f}{spread}"
         rows.append((label, cpu, f"{minutes:g}", accuracy, len(made), f"{epochs:.1f}", f"{steps:,.0f}"))
-    return table(("recipe", "processor", "minutes", "top-1 (%)", "seeds", "epochs", "steps"), rows)
+    return table(("recipe", "processor", "minutes", "top-1 (%)", "seeds", "epochs", "iterations"), rows)
 
 
 def timed_runs(runs: Runs) -> Figure:
-    """Plot the training loss of each run over its elapsed minutes, and its top-1 over its time limit.
+    """Plot top-1 of timed runs over their minutes: a dot per run, a line per recipe and processor.
 
-    Each label has a colour. The first processor has filled dots and solid lines; the next two have open diamonds with
+    Each recipe has a colour. The first processor has filled dots and solid lines; the next two have open diamonds with
     dashed lines and open squares with dotted lines.
     """
-    fig, (left, right) = figure(3.2, 2)
+    fig, ax = figure(4.2)
     groups = _timed(runs)
     colors = dict(zip(dict.fromkeys(label for label, _, _ in groups), (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)))
     styles = dict(zip(dict.fromkeys(cpu for _, cpu, _ in groups), (("-", "o"), ("--", "D"), (":", "s"))))
     for label, cpu in dict.fromkeys((label, cpu) for label, cpu, _ in groups):
         dashes, marker = styles[cpu]
-        line = {"color": colors[label], "linewidth": 1.2, "linestyle": dashes}
-        dots = line | {"marker": marker, "markerfacecolor": colors[label] if dashes == "-" else right.get_facecolor()}
         made = [same for key, same in groups.items() if key[:2] == (label, cpu)]  # the runs of each length
-        for _, rows in chain(*made):
-            minutes, losses = [row["seconds"] / 60 for row in rows], [row["train_loss"] for row in rows]
-            left.plot(minutes, losses, **line)
-            left.plot(minutes[-1], losses[-1], **dots, markersize=4)
         points = [[(summary["recipe"]["minutes"], 100 * summary["top1"]) for summary, _ in same] for same in made]
-        right.plot(*np.transpose([np.mean(same, 0) for same in points]), **line)
-        right.plot(*np.concatenate(points).T, **dots | {"linestyle": ""}, markersize=5, label=f"{label}, {cpu}")
-    for ax in (left, right):
-        ax.set_xscale("log")
-        ax.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
-        ax.minorticks_off()
-        ax.set_xlabel("minutes")
-    right.set_xlim(2.4, 38)
-    left.set_ylabel("training loss")
-    right.set_ylabel("Imagenette top-1 (%)")
-    fig.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        means = np.array([np.mean(same, 0) for same in points])
+        line = {"color": colors[label], "linewidth": 1.2, "linestyle": dashes}
+        ax.plot(*means.T, **line)
+        face = colors[label] if dashes == "-" else ax.get_facecolor()
+        ax.plot(*np.concatenate(points).T, marker, color=colors[label], markerfacecolor=face, markersize=6)
+        alone = len(means) == 1  # a point without a line has its name on the left, where no line passes
+        place = {"xytext": (-8 if alone else 8, 0), "textcoords": "offset points", "ha": "right" if alone else "left"}
+        ax.annotate(f"{label},\n{cpu}", means[-1], **place, va="center", color=colors[label], fontsize=9)
+    ax.set_xscale("log")
+    ax.set_xticks([3, 10, 30], ["3", "10", "30"])
+    ax.minorticks_off()
+    ax.set(xlim=(1, 95), xlabel="minutes", ylabel="Imagenette top-1 (%)")
     return fig
 
 
@@ -326,5 +306,126 @@ def confusions(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) 
     ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(classes)), classes)
     ax.tick_params(length=0)
-    ax.set(xlabel="answer", ylabel="class")
+    ax.set(xlabel="predicted class", ylabel="true class")
     return fig
+
+
+def trial_curves(trials: Sequence[str], experiment: str = "small_data_ablation") -> Figure:
+    """Plot training loss and held-out top-1 of trials (seed 0) over their iterations, with guessing dashed."""
+    logs = curves(experiment)
+    fig, (left, right) = figure(2.9, 2)
+    for trial, color in zip(trials, (BLUE, GREEN, RED)):
+        rows = logs[trial, 0]
+        iterations = [row["step"] for row in rows]
+        left.plot(iterations, [row["train_loss"] for row in rows], "o-", markersize=3, color=color, label=trial)
+        right.plot(iterations, [100 * row["top1"] for row in rows], "o-", markersize=3, color=color)
+    for ax, guessing in ((left, np.log(10)), (right, 10)):
+        ax.axhline(guessing, color=GREY, linewidth=0.8, linestyle="--")
+        ax.set_xlabel("iteration")
+    left.set_ylabel("training loss")
+    right.set(ylabel="held-out top-1 (%)", ylim=(0, None))
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return fig
+
+
+def ema_curves(averages: Mapping[str, str]) -> Figure:
+    """Plot held-out top-1 over the epochs: of the last trial's weights, and of the EMA of each labelled trial."""
+    logs = curves("small_data_ablation")
+    fig, ax = figure(3.0)
+    rows = logs[list(averages)[-1], 0]
+    epochs = [row["epoch"] for row in rows]
+    ax.plot(epochs, [100 * row["top1"] for row in rows], "o-", markersize=4, color=GREY, label="the weights")
+    for (trial, label), color in zip(averages.items(), (BLUE, RED)):
+        top1 = [100 * row["ema_top1"] for row in logs[trial, 0]]
+        ax.plot(epochs, top1, "o-", markersize=4, color=color, label=label)
+    ax.set(xlabel="epoch", ylabel="held-out top-1 (%)", ylim=(0, None), xticks=epochs)
+    ax.legend()
+    return fig
+
+
+def errors_in_common(wrong: np.ndarray) -> Figure:
+    """Draw how many images are wrong in how many runs, from `wrong` (runs, images), and the counts expected by chance.
+
+    By chance: if each run were wrong at random, with its own probability.
+    """
+    runs, images = wrong.shape
+    by_chance = np.ones(1)  # probability of 0, 1, 2 ... wrong predictions
+    for error in wrong.mean(1):
+        by_chance = np.convolve(by_chance, [1 - error, error])
+    fig, ax = figure(2.8)
+    counts = np.bincount(wrong.sum(0), minlength=runs + 1)
+    ax.bar(range(runs + 1), counts, color=BLUE, alpha=0.8, label="counted")
+    ax.plot(range(runs + 1), by_chance * images, "o", color=ORANGE, label="if runs were independent")
+    ax.set(xlabel=f"number of runs that are wrong, of {runs}", ylabel="validation images", xticks=range(runs + 1))
+    ax.legend()
+    return fig
+
+
+# Recipe or architecture
+
+RECIPE_NAMES = {"road-classic": "classic recipe", "road": "small-run recipe"}
+SWEPT = {  # steps of the road in the search for learning rates
+    "resnet50": ("ResNet-50", ORANGE),
+    "inverted": ("inverted bottleneck", PURPLE),
+    "gelu": ("GELU", GREEN),
+    "convnext": ("ConvNeXt", BLUE),
+}
+
+
+def learning_rate_sweep(experiment: str = "convnext_init/lr_sweep") -> Figure:
+    """Plot held-out top-1 over the peak learning rate: a line per network, a panel per recipe, its own rate dashed.
+
+    A network that was tried at one rate is a dot with its name.
+    """
+    right = analysis.correct(experiment)
+    fig, axes = figure(3.2, 2, sharey=True)
+    for ax, (name, title) in zip(axes, RECIPE_NAMES.items()):
+        recipe, classic = RECIPES[name], name == "road-classic"
+        rates = set()
+        for slug, (label, color) in SWEPT.items():
+            tried = {}
+            for trial in right:
+                step, rate, *_ = trial.split(", ")
+                if step == slug and trial.endswith(", classic") == classic:
+                    tried[float(rate) * recipe.batch_size / recipe.base_batch] = analysis.top1(right[trial]).mean
+            if tried:
+                ax.plot(*zip(*sorted(tried.items())), "o-", markersize=4, color=color, label=label)
+            if len(tried) == 1:
+                ((point, height),) = tried.items()
+                ax.annotate(label, (point, height), (-4, -16), textcoords="offset points", color=color)
+            rates |= set(tried)
+        ax.axvline(recipe.lr, color=GREY, linewidth=0.8, linestyle="--")
+        ax.set(title=title, xscale="log", xlabel="learning rate")
+        ax.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+        ax.minorticks_off()
+        ax.margins(x=0.12)
+    axes[0].set_ylabel("held-out top-1 (%)")
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return fig
+
+
+def loss_by_recipe(experiment: str = "convnext_init/recipe_by_architecture") -> Figure:
+    """Plot the training loss of ResNet-50 and ConvNeXt over the epochs, the mean of their seeds: a panel per recipe."""
+    logs = curves(experiment)
+    fig, axes = figure(2.9, 2)
+    for ax, (recipe, title) in zip(axes, RECIPE_NAMES.items()):
+        for slug, (name, color) in ENDS.items():
+            made = [rows for (trial, _), rows in logs.items() if trial == f"{slug}, {recipe}"]
+            losses = [[row["train_loss"] for row in rows] for rows in made]  # (seeds, epochs)
+            epochs = [row["epoch"] for row in made[0]]
+            ax.plot(epochs, np.mean(losses, 0), "o-", markersize=3, color=color, label=name)
+        ax.set(title=title, xlabel="epoch", xticks=epochs[::2])
+    axes[0].set_ylabel("training loss")
+    axes[1].legend()
+    return fig
+
+
+def times_by_recipe(experiment: str = "convnext_init/recipe_by_architecture") -> Table:
+    """Return the mean time of a run of ResNet-50 and ConvNeXt with each recipe, in core-minutes."""
+    minutes: dict[str, list[float]] = {}
+    for row in results.rows(f"{experiment}/runs.csv"):
+        minutes.setdefault(row["trial"], []).append(float(row["cpu_seconds"]) / 60)
+    rows = [
+        (name, *(f"{mean(minutes[f'{slug}, {recipe}']):.1f}" for slug in ENDS)) for recipe, name in RECIPE_NAMES.items()
+    ]
+    return table(("core-minutes per run", *(name for name, _ in ENDS.values())), rows)

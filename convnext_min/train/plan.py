@@ -135,8 +135,8 @@ def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) ->
         old = recipe.ema_decay**planned.steps
         if old > OLD_SHARE:
             found.append(
-                f"EMA decay {recipe.ema_decay} is too slow for {planned.steps:,} steps: {old:.0%} of the EMA would "
-                "still be initial weights. Use --set ema_horizon=0.1, or ema_decay=0.0 to disable it"
+                f"EMA decay {recipe.ema_decay} is too slow for {planned.steps:,} iterations: {old:.0%} of the EMA "
+                "would still be initial weights. Use --set ema_horizon=0.1, or ema_decay=0.0 to disable it"
             )
     smallest = min([recipe.resolution, *(side for _, side in recipe.progressive)])
     if smallest // stride < 2:
