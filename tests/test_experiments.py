@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from convnext_min import data, recipes
+from convnext_min.dense import recipes as dense_recipes
+from convnext_min.dense.train import main as dense_main
 from convnext_min.experiments import run, trials
 from convnext_min.experiments.run import Result
-from convnext_min.experiments.trials import Trial
+from convnext_min.experiments.trials import DenseTrial, Trial
 from convnext_min.train.__main__ import main
 
 TINY = ("epochs=1", "batch_size=4", "base_batch=4", "image_size=32", "resolution=32", "progressive=()")
@@ -110,7 +112,7 @@ def test_some_trials_alone(experiment, root, tmp_path, monkeypatch):
         run.run("made", tmp_path, seeds=1, workers=0)
 
 
-def test_a_run_evaluated_on_other_images_is_refused_and_the_rows_before_stay(experiment, tmp_path, monkeypatch):
+def test_a_run_evaluated_on_other_images_is_refused_and_the_madebefore_stay(experiment, tmp_path, monkeypatch):
     row = {"top1": "1", "cpu_seconds": "1", "parameters": "1", "commit": "", "cpu": "", "options": ""}
 
     def evaluated(trial, seed, *_):
@@ -160,4 +162,33 @@ def test_every_trial_has_a_name_of_its_own_and_a_valid_recipe():
     for listed in trials.EXPERIMENTS.values():
         assert len({trial.name for trial in listed}) == len(listed)
         for trial in listed:
-            recipes.get(trial.recipe, trial.settings)
+            if isinstance(trial, DenseTrial):
+                dense_recipes.get(trial.task, trial.head, trial.backbone, trial.settings)
+            else:
+                recipes.get(trial.recipe, trial.settings)
+
+
+@pytest.mark.parametrize("head, metric", [("mask_rcnn", "mask_ap"), ("fcn", "miou")])
+def test_runs_of_detectors_and_segmentation_networks_have_rows_alike(head, metric, tmp_path, monkeypatch):
+    def start(command, stdout, stderr, env):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            dense_main(command[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
+    settings = (
+        "epochs=1",
+        "depths=(1,1,1,1)",
+        "dims=(8,8,8,8)",
+        "channels=16",
+        "hidden=16",
+        "rois=16",
+        "batch_size=32",
+    )
+    monkeypatch.setitem(trials.EXPERIMENTS, "made", [DenseTrial("a", "shapes", head, "convnext_atto", settings)])
+    made = run.run("made", tmp_path, seeds=2)
+    assert [row["seed"] for row in made] == [0, 1] and all(0 <= row[metric] <= 100 for row in made)
+    (summary,) = rows(tmp_path / "made" / "summary.csv")
+    assert float(summary[metric]) == pytest.approx(mean(row[metric] for row in made), abs=0.006)
+    assert len(rows(tmp_path / "made" / "curves.csv")) == 2 and made[0]["images"] == 16
+    assert not (tmp_path / "made" / "predictions.npz").exists()

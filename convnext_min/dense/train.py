@@ -111,7 +111,7 @@ def train(
     scores = scores or evaluate(trainer.eval_model, val_set, recipe, workers)
     print_once(f"\n{val_set.source}: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
     if folder and distributed.rank() == 0:
-        write_summary(trainer, scores, val_set.source, folder)
+        write_summary(trainer, scores, val_set, folder)
     return trainer.eval_model.eval(), scores
 
 
@@ -144,9 +144,9 @@ def end_of_epoch(
     return scores
 
 
-def write_summary(trainer: DenseTrainer, scores: dict[str, float], validation: str, folder: Path) -> None:
+def write_summary(trainer: DenseTrainer, scores: dict[str, float], val_set: DenseDataset, folder: Path) -> None:
     """Write summary.json."""
-    summary = trainer.identity | {"validation": validation} | scores
+    summary = trainer.identity | {"validation": val_set.source, "images": len(val_set)} | scores
     summary |= {"parameters": count_parameters(trainer.model), "steps": trainer.step}
     summary |= {"seconds": round(trainer.clock.seconds, 1), "cpu_seconds": round(trainer.clock.cpu_seconds, 1)}
     summary |= {"processes": distributed.world_size(), "micro_batch": trainer.micro_batch}

@@ -2,9 +2,9 @@
 
 `python -m convnext_min.experiments road --output book/results` writes a folder "road" with runs.csv (a row per run),
 summary.csv (a row per trial), curves.csv (the logs), predictions.npz (the predicted class of each image) and card.json
-(commands, commits, versions, machine). Each run is one `convnext_min.train` in its own process. Interrupted runs are
-resumed, and runs that the folder has are not repeated. Top-1 is in percent in runs.csv and summary.csv; curves.csv
-repeats the trainer's logs, in which it is a fraction.
+(commands, commits, versions, machine). Each run is one `convnext_min.train`, or `convnext_min.dense.train`, which keeps
+no predictions, in its own process. Interrupted runs are resumed, and runs that the folder has are not repeated.
+Scores are in percent in runs.csv and summary.csv; curves.csv repeats the trainer's logs, in which they are fractions.
 """
 
 import argparse
@@ -26,9 +26,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from convnext_min.environment import atomic_write, environment, write_json
-from convnext_min.experiments.trials import EXPERIMENTS, Trial
+from convnext_min.experiments.trials import EXPERIMENTS, DenseTrial, Trial
 
 RUNS, SUMMARY, CURVES, PREDICTIONS, CARD = "runs.csv", "summary.csv", "curves.csv", "predictions.npz", "card.json"
+SCORES = ("top1", "mask_ap", "miou")  # columns of runs.csv, of which an experiment has one, that are summarized
 
 Row = dict[str, Any]
 
@@ -64,11 +65,11 @@ def key(trial: str, seed: int | str) -> str:
 
 
 class Result(NamedTuple):
-    """One run: its row in runs.csv, predictions and labels of its images, both (N,), and the rows of its log."""
+    """One run: its row in runs.csv, a classifier's predictions and labels, both (N,), and the rows of its log."""
 
     row: Row
-    predictions: np.ndarray
-    labels: np.ndarray
+    predictions: np.ndarray | None
+    labels: np.ndarray | None
     curve: list[Row]
 
 
@@ -90,11 +91,12 @@ class Results:
 
     def add(self, result: Result) -> None:
         """Add a run. Raises RuntimeError if it was evaluated on other images than the runs before."""
-        if not np.array_equal(result.labels, self.predictions.setdefault("labels", result.labels)):
-            run = f"{result.row['trial']}, seed {result.row['seed']}"
-            raise RuntimeError(f"{run}, was evaluated on other images than {self.folder}: take another --output")
+        run = f"{result.row['trial']}, seed {result.row['seed']}"
+        if result.predictions is not None:
+            if not np.array_equal(result.labels, self.predictions.setdefault("labels", result.labels)):
+                raise RuntimeError(f"{run}, was evaluated on other images than {self.folder}: take another --output")
+            self.predictions[key(result.row["trial"], result.row["seed"])] = result.predictions
         self.rows.append(result.row)
-        self.predictions[key(result.row["trial"], result.row["seed"])] = result.predictions
         self.curves += result.curve
 
     def write(self, name: str, commands: list[list[str]]) -> None:
@@ -102,8 +104,9 @@ class Results:
         write_rows(self.rows, self.folder / RUNS)
         write_rows(self.curves, self.folder / CURVES)
         write_rows(summarize(self.rows), self.folder / SUMMARY)
-        with atomic_write(self.folder / PREDICTIONS, "wb") as file:
-            np.savez_compressed(file, **self.predictions)
+        if self.predictions:
+            with atomic_write(self.folder / PREDICTIONS, "wb") as file:
+                np.savez_compressed(file, **self.predictions)
         write_json(card(name, self.rows, commands), self.folder / CARD)
 
     def commands(self) -> list[list[str]]:
@@ -114,15 +117,19 @@ class Results:
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """Return one row per trial: mean and standard deviation of top-1 in percent, number of runs, mean CPU time."""
+    """Return one row per trial: mean and standard deviation of its score in percent, number of runs, mean CPU time.
+
+    The score is the column of `rows` out of `SCORES`.
+    """
+    score = next((name for name in SCORES if rows and name in rows[0]), "")
     by_trial = defaultdict(list)
     for row in rows:
         by_trial[row["trial"]].append(row)
     return [
         {
             "trial": trial,
-            "top1": round(mean(top1 := [float(run["top1"]) for run in runs]), 2),
-            "std": round(stdev(top1), 2) if len(runs) > 1 else "",
+            score: round(mean(values := [float(run[score]) for run in runs]), 2),
+            "std": round(stdev(values), 2) if len(runs) > 1 else "",
             "seeds": len(runs),
             "cpu_seconds": round(mean(float(run["cpu_seconds"]) for run in runs)),
             "parameters": runs[0]["parameters"],
@@ -146,11 +153,11 @@ def card(name: str, rows: Sequence[Row], commands: list[list[str]]) -> dict[str,
     }
 
 
-def run_trial(trial: Trial, seed: int, data: str | None, folder: Path, threads: int) -> Result:
+def run_trial(trial: Trial | DenseTrial, seed: int, data: str | None, folder: Path, threads: int) -> Result:
     """Train in a process of its own, in `folder`/work. Raises RuntimeError if it fails."""
     work = folder / "work" / f"{trial.name}-{seed}".replace(" ", "_").replace("/", "by")
     work.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "convnext_min.train", "--output", str(work), "--resume", *(["--data", data] if data else [])]
+    command = ["-m", trial.trainer, "--output", str(work), "--resume", *(["--data", data] if data else [])]
     with open(work / "output.txt", "a") as text:
         done = subprocess.run(
             [sys.executable, *command, *trial.options(seed)],
@@ -165,13 +172,13 @@ def run_trial(trial: Trial, seed: int, data: str | None, folder: Path, threads: 
     return read_result(trial, seed, work, threads)
 
 
-def read_result(trial: Trial, seed: int, work: Path, threads: int) -> Result:
-    """Return the result of a finished run from the files that `convnext_min.train` wrote into `work`."""
+def read_result(trial: Trial | DenseTrial, seed: int, work: Path, threads: int) -> Result:
+    """Return the result of a finished run from the files that its trainer wrote into `work`."""
     summary, arrays = json.loads((work / "summary.json").read_text()), read_arrays(work / PREDICTIONS)
     row = {
         "trial": trial.name,
         "seed": seed,
-        "top1": round(100 * summary["top1"], 3),
+        **{name: round(100 * summary[name], 3) for name in trial.metrics},
         **{name: summary[name] for name in ("images", "steps", "seconds", "cpu_seconds", "parameters")},
         "data": summary["source"],
         "options": shlex.join(trial.options(seed)),
@@ -182,10 +189,10 @@ def read_result(trial: Trial, seed: int, work: Path, threads: int) -> Result:
         "threads": threads,
     }
     curve = [{"trial": trial.name, "seed": seed} | point for point in read_rows(work / "log.csv")]
-    return Result(row, arrays["predictions"], arrays["labels"], curve)
+    return Result(row, arrays.get("predictions"), arrays.get("labels"), curve)
 
 
-def select(name: str, trials: Sequence[str] | None) -> list[Trial]:
+def select(name: str, trials: Sequence[str] | None) -> list[Trial | DenseTrial]:
     """Return the trials of an experiment, or the named ones. Raises ValueError, listing the valid names."""
     known = {trial.name: trial for trial in EXPERIMENTS[name]}
     for wanted in trials or ():
@@ -229,8 +236,8 @@ def run(
 
 
 def _run_all(
-    jobs: Sequence[tuple[Trial, int]],
-    train: Callable[[Trial, int], Result],
+    jobs: Sequence[tuple[Trial | DenseTrial, int]],
+    train: Callable[[Trial | DenseTrial, int], Result],
     keep: Callable[[Result], None],
     workers: int,
     name: str,
@@ -256,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments", description=__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; by default Imagenette")
+    parser.add_argument("--data", help="folder of the images; by default Imagenette, or those of the experiment's name")
     parser.add_argument("--output", type=Path, default=Path("results"), help="the experiment gets a folder in it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", nargs="+", metavar="NAME", help="only these trials of the experiment")
@@ -269,4 +276,5 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues")
     for row in summarize(rows):
-        print(f"{row['trial']:<28} {row['top1']:>6.2f} ± {row['std'] or 0:.2f} % ({row['seeds']} seeds)")
+        name, score, std, seeds = list(row.values())[:4]
+        print(f"{name:<28} {score:>6.2f} ± {std or 0:.2f} % ({seeds} seeds)")

@@ -1,6 +1,7 @@
 """The experiments of the book, each a list of `Trial`s; `convnext_min.experiments.run` trains them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from convnext_min.roadmap import STEPS
 from convnext_min.train.models import ISOTROPIC
@@ -9,6 +10,9 @@ from convnext_min.train.models import ISOTROPIC
 @dataclass(frozen=True)
 class Trial:
     """One row of a summary: a model, a recipe, the settings that differ from it, and other options of the trainer."""
+
+    trainer: ClassVar[str] = "convnext_min.train"  # the module that trains it
+    metrics: ClassVar[tuple[str, ...]] = ("top1",)  # of its summary.json
 
     name: str
     model: str
@@ -19,6 +23,31 @@ class Trial:
     def options(self, seed: int) -> list[str]:
         """Return the options of `convnext_min.train` that repeat the run, except the folders of data and output."""
         options = ["--recipe", self.recipe, "--model", self.model, "--seed", str(seed), *self.arguments]
+        return [*options, "--set", *self.settings] if self.settings else options
+
+
+@dataclass(frozen=True)
+class DenseTrial:
+    """One row of a summary about detection or segmentation: a network on a task, and the folder of its backbone."""
+
+    trainer: ClassVar[str] = "convnext_min.dense.train"
+
+    name: str
+    task: str
+    head: str
+    backbone: str
+    settings: tuple[str, ...] = ()  # "key=value"
+    pretrained: str = ""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the scores in the summary.json of a run; the first is the one to compare."""
+        return ("mask_ap", "mask_ap50", "box_ap", "box_ap50") if "rcnn" in self.head else ("miou",)
+
+    def options(self, seed: int) -> list[str]:
+        """Return the options of `convnext_min.dense.train` that repeat the run, except folders of data and output."""
+        options = ["--task", self.task, "--head", self.head, "--backbone", self.backbone, "--seed", str(seed)]
+        options += ["--pretrained", self.pretrained] if self.pretrained else []
         return [*options, "--set", *self.settings] if self.settings else options
 
 
@@ -123,6 +152,22 @@ def _isotropic_at_lrs(settings: tuple[str, ...] = (), arguments: tuple[str, ...]
     ]
 
 
+# ---- Detection and segmentation: what does a backbone bring that has seen Imagenette, and which head?
+
+BACKBONES = "book/results/backbone"  # the commands are for the repository's folder
+CONVNEXT = ("convnext_atto", (), f"{BACKBONES}/convnext_atto")
+RESNET = ("road:resnet50", ("width_multiplier=0.375",), f"{BACKBONES}/road-resnet50")
+DENSE_EPOCHS = {"mask_rcnn": 80, "cascade_mask_rcnn": 34, "upernet": 220, "fcn": 300}  # about 90 minutes of a core each
+
+
+def _dense(task: str, head: str, network: tuple[str, tuple, str], pretrained: bool = True) -> DenseTrial:
+    """Return the trial of a head on a backbone (name, settings, folder), from the weights in the folder or new ones."""
+    backbone, settings, folder = network
+    name = f"{head}, {backbone}, {'pretrained' if pretrained else 'from scratch'}"
+    settings = (*settings, f"epochs={DENSE_EPOCHS[head]}", "evaluate_every=5")
+    return DenseTrial(name, task, head, backbone, settings, folder if pretrained else "")
+
+
 def _at_lrs(steps, lrs, settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
     """Return a trial for each step of the road and each learning rate."""
     return [
@@ -133,6 +178,15 @@ def _at_lrs(steps, lrs, settings: tuple[str, ...] = (), arguments: tuple[str, ..
 
 
 EXPERIMENTS = {
+    "nuclei": [
+        *(_dense("nuclei", "mask_rcnn", network, start) for network in (CONVNEXT, RESNET) for start in (True, False)),
+        _dense("nuclei", "cascade_mask_rcnn", CONVNEXT),
+    ],
+    "camvid": [
+        *(_dense("camvid", "upernet", CONVNEXT, start) for start in (True, False)),
+        _dense("camvid", "fcn", CONVNEXT),
+        _dense("camvid", "upernet", RESNET),
+    ],
     "small_data_ablation": [
         Trial(name, "convnext_atto", "imagenette", changes, HOLDOUT) for name, changes in SMALL_DATA_CHANGES.items()
     ],
