@@ -231,3 +231,10 @@ def test_an_image_is_turned_upright_where_it_is_asked_for(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
     assert datasets.read_image(str(tmp_path / "a.jpg")).shape == (3, 30, 40)
     assert datasets.read_image(str(tmp_path / "a.jpg"), upright=True).shape == (3, 40, 30)
+
+
+def test_a_part_has_the_images_of_the_slice():
+    whole = datasets.shapes("train", number=10)
+    part = whole.part(1, None, 4)
+    assert part.source == "drawn shapes train, 3 images" and part.instances and part.classes == whole.classes
+    assert all(torch.equal(part[i][0], whole[1 + 4 * i][0]) for i in range(3))

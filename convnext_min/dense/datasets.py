@@ -79,6 +79,11 @@ class DenseDataset(Dataset):
         image, target = self.read(self.examples[index])
         return self.transform(image, target) if self.transform else (image, target)
 
+    def part(self, start: int, stop: int | None = None, step: int = 1) -> "DenseDataset":
+        """Return the data set of the images with these numbers, as in a slice."""
+        name = self.source.rpartition(", ")[0]
+        return DenseDataset(self.examples[start:stop:step], self.read, self.classes, name, self.instances)
+
 
 # ---- Reading
 
