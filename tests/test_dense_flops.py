@@ -6,6 +6,7 @@ from convnext_min.dense import flops
 
 COUNTED = {  # GMACs in convolutions and linear layers alone
     ("mask_rcnn", "tiny", 1280): 261.9,
+    ("cascade_mask_rcnn", "resnet50", 1280): 737.6,
     ("cascade_mask_rcnn", "tiny", 1280): 740.2,
     ("cascade_mask_rcnn", "small", 1280): 826.4,
     ("cascade_mask_rcnn", "base", 1280): 963.6,
@@ -25,7 +26,9 @@ def test_cost_of_each_row_of_the_paper(row):
     parts, params = flops.cost(row.head, row.variant, *row.size)
     gmacs = sum(parts.values()) / 1e9
     assert gmacs == pytest.approx(COUNTED[row.head, row.variant, row.size[0]], abs=0.1)
-    assert 0 < row.gmacs - gmacs < 1  # norms and activations, which the paper's counter includes
+    assert (
+        0 < row.gmacs - gmacs < (1.5 if row.variant == "resnet50" else 1)
+    )  # norms and activations, which the paper's counter includes
     if row.params is not None:
         assert round(params / 1e6) == row.params
 
