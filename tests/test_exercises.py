@@ -73,6 +73,27 @@ def test_same_compares_shapes_and_macs():
         same(Twice(3, 4, 1), nn.Conv2d(3, 4, 1), (1, 3, 4, 4))
 
 
+class Levels(nn.Module):
+    def __init__(self, kind, number=2):
+        super().__init__()
+        self.conv, self.kind, self.number = nn.Conv2d(3, 4, 1), kind, number
+
+    def forward(self, x):
+        levels = [self.conv(x) * (i + 1) for i in range(self.number)]
+        return dict(enumerate(levels)) if self.kind is dict else levels
+
+
+def test_same_compares_every_level_of_a_pyramid(capsys):
+    same(Levels(list), Levels(dict), (1, 3, 4, 4))
+    assert capsys.readouterr().out.startswith("same: 16 parameters")
+    with pytest.raises(AssertionError, match="yours returns 1 tensors; expected 2"):
+        same(Levels(list, 1), Levels(dict), (1, 3, 4, 4))
+    wrong = Levels(list)
+    wrong.forward = lambda x: [wrong.conv(x), 3 * wrong.conv(x)]
+    with pytest.raises(AssertionError, match="in training mode your outputs differ"):
+        same(wrong, Levels(dict), (1, 3, 4, 4))
+
+
 def test_same_refuses_a_starting_stub():
     with pytest.raises(AssertionError, match="expected a module, got NoneType"):
         same(None, Block(8), (1, 8, 4, 4))

@@ -22,15 +22,18 @@ from convnext_min.recipes import Recipe
 from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
 from convnext_min.train.optim import group_of
 
+Outputs = Tensor | list[Tensor] | dict[str, Tensor]
+
 
 def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int, int] = (2, 3, 64, 64)) -> None:
     """Assert that two modules compute the same function of a Tensor of shape `input_shape` (N, C, H, W), H = W.
 
-    Works on copies. Parameters and buffers of `reference` are copied into `mine` in their order, whatever their names,
-    so both must define their layers in the same order. Constant tensors (norms, biases, layer scale, running
-    statistics) are randomized first: otherwise a layer scale of 1e-6 would hide its branch. Compares outputs in
-    training and in evaluation mode, then the MACs. Raises AssertionError naming the first tensor whose shape differs,
-    or the largest difference of the outputs.
+    A module may return a tensor, or a list or dict of tensors, such as the levels of a pyramid. Works on copies.
+    Parameters and buffers of `reference` are copied into `mine` in their order, whatever their names, so both must
+    define their layers in the same order. Constant tensors (norms, biases, layer scale, running statistics) are
+    randomized first: otherwise a layer scale of 1e-6 would hide its branch. Compares outputs in training and in
+    evaluation mode, then the MACs. Raises AssertionError naming the first tensor whose shape differs, or the largest
+    difference of the outputs.
     """
     if not isinstance(mine, nn.Module):
         raise AssertionError(f"expected a module, got {type(mine).__name__}")
@@ -57,19 +60,28 @@ def same(mine: nn.Module, reference: nn.Module, input_shape: tuple[int, int, int
             got = mine.train(training)(x.clone())
             torch.manual_seed(0)
             right = reference.train(training)(x.clone())
-        if got.shape != right.shape:
-            raise AssertionError(f"your output has shape {tuple(got.shape)}; expected {tuple(right.shape)}")
-        difference = (got - right).abs().max().item()
-        if not difference <= 1e-4 * right.abs().max().item():
-            mode = "training" if training else "evaluation"
-            raise AssertionError(f"in {mode} mode your outputs differ from the expected ones by up to {difference:.3g}")
-        worst = max(worst, difference)
+        worst = max(worst, _difference(got, right, "training" if training else "evaluation"))
     _, chans, size, _ = input_shape
     macs, right_macs = count_macs(mine, size, chans), count_macs(reference, size, chans)
     if macs != right_macs:
         raise AssertionError(f"yours needs {macs:,} MACs at {size}×{size}; expected {right_macs:,}")
     costs = f"{count_parameters(mine):,} parameters, {macs:,} MACs at {size}×{size}"
     print(f"same: {costs}, outputs differ by at most {worst:.1e}")
+
+
+def _difference(got: Outputs, right: Outputs, mode: str) -> float:
+    """Return the largest difference of two modules' outputs. Raises AssertionError if it is no rounding error."""
+    if not isinstance(right, Tensor):
+        got, right = (list(levels.values()) if isinstance(levels, dict) else levels for levels in (got, right))
+        if len(got) != len(right):
+            raise AssertionError(f"yours returns {len(got)} tensors; expected {len(right)}")
+        return max(_difference(*levels, mode) for levels in zip(got, right))
+    if got.shape != right.shape:
+        raise AssertionError(f"your output has shape {tuple(got.shape)}; expected {tuple(right.shape)}")
+    difference = (got - right).abs().max().item()
+    if not difference <= 1e-4 * right.abs().max().item():
+        raise AssertionError(f"in {mode} mode your outputs differ from the expected ones by up to {difference:.3g}")
+    return difference
 
 
 def attempt(check: Callable[..., None], *answers) -> None:
