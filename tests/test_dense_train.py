@@ -16,13 +16,14 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from convnext_min import ConvNeXt
+from convnext_min import ConvNeXt, build, convnext_atto
 from convnext_min.dense import datasets, evaluation, predict, recipes
 from convnext_min.dense.batches import DenseBatches, augment_instances, augment_semantic, plain
 from convnext_min.dense.features import ConvNeXtFeatures
 from convnext_min.dense.models import create_dense_model
 from convnext_min.dense.train import main, prepare, train
 from convnext_min.dense.upernet import IGNORED
+from convnext_min.experiments.backbone import save
 from convnext_min.train.loop import Stopped
 from convnext_min.train.optim import learning_rate_scales
 from convnext_min.train.trainer import RunConfig
@@ -232,6 +233,23 @@ def test_the_backbone_starts_from_a_checkpoint(tmp_path):
     model = create_dense_model("mask_rcnn:convnext_atto", recipe("mask_rcnn"), 3, str(tmp_path / "weights.pth"))
     mine = model.backbone.features.network.state_dict()
     assert mine and all(torch.equal(value, source.state_dict()[key]) for key, value in mine.items())
+
+
+@pytest.mark.parametrize(
+    "backbone, source, settings",
+    [
+        ("convnext_atto", convnext_atto(num_classes=7), []),
+        ("road:resnet50", build("resnet50", num_classes=7, width_multiplier=0.125), ["width_multiplier=0.125"]),
+    ],
+    ids=["convnext_atto", "resnet50"],
+)
+def test_the_backbone_starts_from_a_folder_in_half_precision(backbone, source, settings, tmp_path):
+    expected = {key: value.half().float() for key, value in source.state_dict().items() if value.is_floating_point()}
+    save(source, tmp_path, tuple("abcdefg"))  # as the book's backbones are, which have seven classes
+    model = create_dense_model(f"fcn:{backbone}", recipes.get("shapes", "fcn", backbone, settings), 3, str(tmp_path))
+    mine = model.features.network.state_dict()
+    kept = [key for key in expected if not key.startswith(("norm.", "head."))]
+    assert len(kept) > 100 and all(torch.equal(mine[key], expected[key]) for key in kept)
 
 
 @pytest.mark.parametrize("name", ["yolo:convnext_atto", "mask_rcnn", "fcn:timm:resnet18"])
