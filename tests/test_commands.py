@@ -12,8 +12,9 @@ from convnext_min.train.__main__ import read_arguments
 from convnext_min.train.plan import main as plan_main
 from convnext_min.train.plan import plan
 
-PAGE = (Path(__file__).parents[1] / "book" / "imagenet.md").read_text()
-COMMANDS = re.findall(r"^(?:python|torchrun) .*$", PAGE, re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "book" / "imagenet.md").read_text()
+COMMANDS = re.findall(r"^(?:python|torchrun) .*$", re.sub(r"\\\n\s*", "", PAGE), re.MULTILINE)
 TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
 
 
@@ -48,3 +49,10 @@ def test_the_plan_on_the_page_is_made(capsys):
     options = [part for part in shlex.split(line)[3:] if part != "--measure"]
     plan_main(options)
     assert "effective batch size 4,096 = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("book/*.md")], ids=lambda path: path.name)
+def test_code_and_commands_fit_the_page(page):
+    fences = re.findall(r"^```(\S*)[^\n]*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for language, block in fences if language in ("", "python") for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 80 and "://" not in line] == []  # a fork's address may be longer
