@@ -92,7 +92,9 @@ def test_minutes_between_checkpoints_are_counted_from_the_last():
 
 @pytest.mark.parametrize("every", ["often", "0", "-5", "m", "1.5m"])
 def test_what_save_every_takes_is_said(every):
-    with pytest.raises(ValueError, match=f"save_every takes steps, as in 500, or minutes, as in 15m; got '{every}'"):
+    with pytest.raises(
+        ValueError, match=f"save_every takes iterations, as in 500, or minutes, as in 15m; got '{every}'"
+    ):
         RunConfig(save_every=every)
 
 
@@ -143,7 +145,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(images, tmp_pa
     resumed = run(images, tmp_path / "run", EVERYTHING_RANDOM, resume=True)
     said = f"there is no {newest}" if damage == "missing" else f"{newest} is damaged"
     out = capsys.readouterr().out
-    assert said in out and f"resuming from {before}, step 5" in out and "continuing at step 5" in out
+    assert said in out and f"resuming from {before}, iteration 5" in out and "continuing at iteration 5" in out
     assert equal(whole.model.state_dict(), resumed.model.state_dict())
     assert steps(tmp_path / "run") == [15, 10]
     assert (tmp_path / "run" / "checkpoint.broken").exists() == (damage != "missing")  # it has pushed out no good one
@@ -185,7 +187,9 @@ def test_weights_that_are_not_finite_are_not_saved(images, tmp_path):
             trainer.model.head.weight.data[0] = float("inf")
 
     recipe = replace(TINY, evaluate_every=0, ema_decay=0.0)
-    with pytest.raises(FloatingPointError, match="the weights are not finite after step 10, so they are not saved"):
+    with pytest.raises(
+        FloatingPointError, match="the weights are not finite after iteration 10, so they are not saved"
+    ):
         run(images, tmp_path, recipe, after_step=poison)
     assert steps(tmp_path) == [5]
 
@@ -237,7 +241,10 @@ def fill(path: Path) -> None:
 def test_a_full_disk_does_not_end_a_run_and_the_checkpoint_before_stays(images, tmp_path, capsys):
     history = run(images, tmp_path, after_step=at_step(7, lambda: fill(tmp_path / "checkpoint.partial")))
     error = capsys.readouterr().err
-    assert f"at step 10 {tmp_path / 'checkpoint.pt'} could not be written: [Errno 28] No space left on device" in error
+    assert (
+        f"at iteration 10 {tmp_path / 'checkpoint.pt'} could not be written: [Errno 28] No space left on device"
+        in error
+    )
     assert f"the newest checkpoint is still {tmp_path / 'checkpoint.pt'}; training continues" in error
     assert len(history.rows) == 3 and steps(tmp_path) == [15, 5]  # what filled the disk is gone in time for the last
 

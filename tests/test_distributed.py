@@ -263,7 +263,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
         rest, errors = process.communicate()
     assert process.returncode != 0 and rest.count("stopped after step") == 1, errors
     stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
-    assert f"stopped after step {stopped}, saved in" in rest and 24 <= stopped < 96  # 24 steps an epoch
+    assert f"stopped after iteration {stopped}, saved in" in rest and 24 <= stopped < 96  # 24 steps an epoch
     in_processes(2, tmp_path, main, [*arguments[2:], "--resume"])
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == ["24", "48", "72", "96"]
@@ -274,7 +274,7 @@ def stopped_by_one(images, folder):
         if trainer.step == 3 and distributed.rank() == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Stopped, match="stopped after step 3, saved in") as stop:
+    with pytest.raises(Stopped, match="stopped after iteration 3, saved in") as stop:
         trained(images, PLAIN, folder, after_step=request)
     return stop.value.code
 
@@ -296,7 +296,7 @@ class BrokenBatches(Batches):
 
 def with_nan(images, folder):
     batches = BrokenBatches(images, 8, 32, True, rank=distributed.rank(), world_size=distributed.world_size())
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 3") as error:
+    with pytest.raises(FloatingPointError, match="the loss is nan at iteration 3") as error:
         train("convnext_atto", PLAIN, batches, images, folder)
     return str(error.value)
 

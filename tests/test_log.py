@@ -23,7 +23,9 @@ def test_the_images_of_a_step_that_failed_can_be_loaded_and_fail_again(images, t
         if trainer.step == 4:
             trainer.model.head.weight.data[0] = float("inf")
 
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 4, .*; the images are in (.*)") as error:
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan at iteration 4, .*; the images are in (.*)"
+    ) as error:
         run(images, tmp_path, after_step=poison)
     batch = torch.load(str(error.value).rpartition(" ")[2], weights_only=True)
     again = new_trainer(TINY, images)

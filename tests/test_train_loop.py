@@ -52,7 +52,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(images, tmp_path, n
         if trainer.step == stop_at:
             signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {stop_at}, saved in"):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after iteration {stop_at}, saved in"):
         train(*arguments, tmp_path / "parts", seed=3, after_step=request)
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     torch.rand(7)  # whatever else draws random numbers does not matter
@@ -117,7 +117,7 @@ def test_resuming_a_finished_run_only_reports(images, tmp_path, capsys):
     first = train("convnext_atto", TINY, images, images, tmp_path)
     again = train("convnext_atto", TINY, images, images, tmp_path, resume=True)
     assert again.top1 == first.top1 and len(again.rows) == 3
-    assert "continuing at step 15" in capsys.readouterr().out
+    assert "continuing at iteration 15" in capsys.readouterr().out
 
 
 def test_only_a_later_second_request_stops_without_saving(monkeypatch):

@@ -32,11 +32,11 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path):
                 break
         rest = process.stdout.read()
     assert process.returncode == 130
-    stopped = int(re.search(r"stopped after step (\d+), saved in", rest)[1])
+    stopped = int(re.search(r"stopped after iteration (\d+), saved in", rest)[1])
     assert 48 <= stopped < 144  # 24 steps an epoch
     again = re.search(r"To continue: python (.*)", rest)[1]
     go_on = [sys.executable, *shlex.split(again)]
-    assert f"continuing at step {stopped}" in subprocess.check_output(go_on, text=True, **popen)
+    assert f"continuing at iteration {stopped}" in subprocess.check_output(go_on, text=True, **popen)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 144
 
 
@@ -69,7 +69,7 @@ def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys)
     main(options(folder, tmp_path / "runs" / "new", "--dry-run", "--micro-batch", "4"))
     out = capsys.readouterr().out
     assert "2 gradient accumulation steps of 4 images" in out
-    assert re.search(r"OK: batch .* s, step .* s, save .* s, load .* s, evaluation of a batch .* s; .* GB", out)
+    assert re.search(r"OK: batch .* s, iteration .* s, save .* s, load .* s, evaluation of a batch .* s; .* GB", out)
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +120,7 @@ def test_sigterm_exits_with_a_code_for_the_cluster(folder, tmp_path, monkeypatch
     monkeypatch.setattr(loop.CheckpointManager, "save", save_and_ask)
     with pytest.raises(SystemExit) as code:
         main(options(folder, tmp_path / "run", "--save-every", "2"))
-    assert code.value.code == 143 and "stopped after step 3, saved in" in capsys.readouterr().out
+    assert code.value.code == 143 and "stopped after iteration 3, saved in" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="not on Windows")

@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(images):
     x, y = next(run.batches.epoch(0))
     run.train_step(x, y)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1, at learning rate"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at iteration 1, at learning rate"):
         run.train_step(x * float("nan"), y)
     assert equal(before, run.model.state_dict())
 

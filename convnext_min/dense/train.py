@@ -75,7 +75,7 @@ def prepare(
     if resumes:
         load_resumed(trainer, checkpoint)
     print_once(f"{name}, {count_parameters(trainer.model):,} parameters, {trainer}")
-    print_once(train_set.source + (f"; continuing at step {trainer.step:,}" if trainer.step else ""))
+    print_once(train_set.source + (f"; continuing at iteration {trainer.step:,}" if trainer.step else ""))
     return trainer
 
 

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("baselines", nargs="+", metavar="BASELINE", help="official, timm or torchvision")
     parser.add_argument("--model", default="convnext_atto", help="a variant of ConvNeXt")
     parser.add_argument("--resolution", type=int, default=128, help="image side in pixels (128)")
-    parser.add_argument("--batch", type=int, default=32, help="images per step (32)")
+    parser.add_argument("--batch", type=int, default=32, help="images per iteration (32)")
     parser.add_argument("--mode", choices=("train", "infer"), default="train")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("results/speed"), help="folder for the results as JSON")

@@ -76,7 +76,7 @@ def load_newest(path: Path) -> tuple[dict[str, Any], Path]:
             continue
         if problems or file != path:
             found = "; ".join(problems or [f"there is no {path}"])
-            distributed.print_once(f"{found}; resuming from {file}, step {state['step']:,}")
+            distributed.print_once(f"{found}; resuming from {file}, iteration {state['step']:,}")
         return state, file
     raise ValueError("; ".join(problems) or f"there is no checkpoint {path}")
 
@@ -140,7 +140,7 @@ class CheckpointManager:
         state, failure = trainer.state_dict(), ""
         if not distributed.broadcast_object(is_finite(state)):
             raise FloatingPointError(
-                f"the weights are not finite after step {trainer.step}, so they are not saved; a lower base_lr or "
+                f"the weights are not finite after iteration {trainer.step}, so they are not saved; a lower base_lr or "
                 "clip_grad=1.0 may help"
             )
         if distributed.rank() == 0:
@@ -157,7 +157,7 @@ class CheckpointManager:
         if last:
             raise OSError(failure)
         if distributed.rank() == 0:
-            print(f"warning: at step {trainer.step:,} {failure}; training continues", file=sys.stderr, flush=True)
+            print(f"warning: at iteration {trainer.step:,} {failure}; training continues", file=sys.stderr, flush=True)
 
     def save_best(self, trainer: Trainer, key: str) -> None:
         """Write best.pt, the weights without the state needed to resume, if the last row has the highest `key`."""

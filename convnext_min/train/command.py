@@ -21,11 +21,13 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--output", help="output folder (default: a new one in runs/)")
     output.add_argument(
-        "--save-every", default="", metavar="N", help="500: optimizer steps, 15m: minutes; always after an epoch"
+        "--save-every", default="", metavar="N", help="500: iterations, 15m: minutes; always after an epoch"
     )
     output.add_argument("--keep", type=int, default=2, metavar="N", help="number of newest checkpoints to keep (2)")
     output.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases as well")
-    output.add_argument("--dry-run", action="store_true", help="try a step, a checkpoint, an evaluation; write nothing")
+    output.add_argument(
+        "--dry-run", action="store_true", help="try an iteration, a checkpoint, an evaluation; write nothing"
+    )
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> Any:
@@ -36,7 +38,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> Any:
         "--micro-batch", type=int, metavar="N", help="images per process and forward pass; fewer need less memory"
     )
     machine.add_argument(
-        "--checkpoint-activations", action="store_true", help="less memory, about a third more time per step"
+        "--checkpoint-activations", action="store_true", help="less memory, about a third more time per iteration"
     )
     machine.add_argument(
         "--no-accelerate", dest="accelerate", action="store_false", help="on a CPU: PyTorch's own layers only"
@@ -74,7 +76,7 @@ def run_command(
             launcher = "torchrun ... " if distributed.world_size() > 1 else "python "
             command = shlex.join(a for a in argv if a != "--resume")
             command += "" if output_given else f" --output {args.output}"
-            print(printable(f"\n{stop or 'stopped before the first step'}"))
+            print(printable(f"\n{stop or 'stopped before the first iteration'}"))
             print(printable(f"To continue: {launcher}-m {module} {command} --resume"))
         sys.exit(getattr(stop, "code", 130))
 

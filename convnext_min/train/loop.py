@@ -148,7 +148,7 @@ def prepare(
     print_once(f"{name}, {count_parameters(trainer.model):,} parameters, {trainer}")
     print_once(f"{train_batches.source}; {val_batches.source}")
     if trainer.step:
-        print_once(f"continuing at step {trainer.step:,}")
+        print_once(f"continuing at iteration {trainer.step:,}")
     return trainer, val_batches
 
 
@@ -263,7 +263,7 @@ def stop(trainer: Trainer, manager: CheckpointManager, requests: list[int]) -> N
     """Save, and raise Stopped."""
     if trainer.step != manager.saved_step:
         manager.save(trainer, last=True)
-    message = f"stopped after step {trainer.step:,}" + (f", saved in {manager.path}" if manager.path else "")
+    message = f"stopped after iteration {trainer.step:,}" + (f", saved in {manager.path}" if manager.path else "")
     received = set().union(*distributed.all_gather_object(requests))
     raise Stopped(message, next(code for number, code in STOP_CODES.items() if number in received))
 
@@ -318,7 +318,7 @@ def dry_run(trainer: Trainer, evaluate_one: Callable[[], Any], output: Path | st
     x, y = next(trainer.batches.epoch(0))
     note("batch")
     trainer.train_step(x, y)
-    note("step")
+    note("iteration")
     parent = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
     folder = Path(distributed.broadcast_object(tempfile.mkdtemp(dir=parent) if distributed.rank() == 0 else ""))
     try:

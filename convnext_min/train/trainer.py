@@ -47,7 +47,7 @@ class RunConfig:
     def __post_init__(self):
         number = self.save_every.removesuffix("m")
         if self.save_every and not (number.isdecimal() and int(number)):
-            raise ValueError(f"save_every takes steps, as in 500, or minutes, as in 15m; got {self.save_every!r}")
+            raise ValueError(f"save_every takes iterations, as in 500, or minutes, as in 15m; got {self.save_every!r}")
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
 
@@ -208,7 +208,7 @@ class Trainer:
         self.loss = self._backward(x, y)
         if not math.isfinite(self.loss):
             raise FloatingPointError(
-                f"the loss is {self.loss} at step {self.step}, at learning rate {self.lr:.3g}; "
+                f"the loss is {self.loss} at iteration {self.step}, at learning rate {self.lr:.3g}; "
                 "a lower base_lr or clip_grad=1.0 may help"
             )
         if self.recipe.clip_grad:
