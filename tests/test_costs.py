@@ -76,3 +76,15 @@ def test_photos_are_square_and_in_the_order_of_their_names():
     photos = figures.photos(("chelsea", "rocket"), size=32)
     assert photos.shape == (2, 3, 32, 32) and photos.dtype == torch.uint8
     assert (figures.photos(("rocket",), size=32)[0] == photos[1]).all()
+
+
+def test_a_bar_per_network_with_the_share_of_depthwise_convolutions():
+    measured = {slug: costs.costs_by_kind(build(slug), resolution=32, batch_size=1) for slug in ("patchify", "width")}
+    macs, seconds = costs.draw_macs_and_time(measured, 32, 1).axes
+    dense, wide = measured.values()
+    assert costs.total(dense, "depthwise").macs == 0 < costs.total(dense, "dense 3×3").macs
+    share = costs.total(wide, "depthwise").macs / count_macs(build("width"), 32)
+    assert [text.get_text() for text in macs.texts] == [f"depthwise\n{share:.1%}"]
+    drawn = 1e9 * sum(bar.get_width() for bar in macs.patches)
+    assert drawn == pytest.approx(sum(costs.total(c).macs for c in measured.values()))
+    assert len(seconds.texts) == 1

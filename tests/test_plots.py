@@ -1,10 +1,13 @@
+import time
+
 import pytest
 import torch
 from matplotlib.colors import to_rgba
 from torch import nn
 
-from convnext_min import paper
-from convnext_min.book import figures, style
+from convnext_min import build, paper
+from convnext_min.book import figures, recipe_figures, roofline, style
+from convnext_min.data import synthetic_images
 
 
 def test_road_shows_every_step_with_the_papers_and_the_measured_numbers():
@@ -62,3 +65,65 @@ def test_a_cube_colours_the_visible_cells_that_are_asked_for():
     blue = [patch for patch in ax.patches if patch.get_facecolor() == to_rgba(style.BLUE)]
     assert len(blue) == 6 + 4  # the pixels in front and the images on top
     assert len(ax.patches) == 5 * 6 + 5 * 4 + 6 * 4
+
+
+def test_predictions_name_the_true_class_only_where_they_are_wrong():
+    sample = synthetic_images("val", 2, 16)
+    right, wrong = sample.labels[0].item(), (sample.labels[1].item() + 1) % 10
+    probabilities = torch.full((2, 10), 0.05)
+    probabilities[0, right], probabilities[1, wrong] = 0.55, 0.5
+    first, second, *_ = (ax.get_title() for ax in figures.predictions(sample, probabilities).axes)
+    assert first == f"{sample.classes[right]} 55%"
+    assert second == f"{sample.classes[wrong]} 50%\nnot {sample.classes[sample.labels[1]]}"
+
+
+def test_stage_macs_are_those_of_the_blocks_of_each_stage():
+    ax = figures.stage_macs("resnet50", "stage_ratio").axes[0]
+    heights = torch.tensor([bar.get_height() for bar in ax.patches], dtype=torch.float32).view(2, 4)
+    block = 0.218  # GMACs of a block, in any stage
+    torch.testing.assert_close(heights[1] - heights[0], torch.tensor([0, -block, 3 * block, 0]), atol=2e-3, rtol=0)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["3, 4, 6, 3", "3, 3, 9, 3"]
+
+
+def test_windows_are_drawn_in_pixels_and_stay_in_the_picture():
+    image = figures.photos(("chelsea",), 32)[0]
+    (ax,) = figures.windows(image, {"stem": [(8, 12, 4, 6)]}, margin=2).axes
+    (box,) = ax.patches
+    assert (box.get_y(), box.get_x(), box.get_height(), box.get_width()) == (8, 12, 4, 6)
+    assert ax.get_xlim() == (10, 20) and ax.get_ylim() == (14, 6)
+
+
+def test_titles_of_mixed_labels_leave_out_classes_without_a_share():
+    labels = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    assert recipe_figures.label_titles(labels, ("cat", "dog")) == ["100% cat", "25% cat\n75% dog"]
+
+
+def test_dropped_blocks_are_counted_as_often_as_the_rate_says():
+    model = build("resnet50", width_multiplier=1 / 16, drop_path_rate=0.5)
+    torch.manual_seed(0)
+    ax = recipe_figures.dropped_blocks(model, torch.randn(64, 3, 32, 32)).axes[0]
+    grid = ax.images[0].get_array()
+    assert grid.shape == (16, 64) and not grid[0].any()  # the first block has rate 0
+    assert 0.4 < grid[-1].mean() < 0.6 and ax.get_title() == f"{grid.sum()} of 1024 left out"
+
+
+def test_the_roof_is_the_smaller_of_memory_and_arithmetic():
+    layers = [roofline.LayerSpeed("1×1", 64, 10.0, 5e9)]
+    roof, point = roofline.draw(layers, peak=8e9, bandwidth=2e9).axes[0].lines
+    for intensity, speed in zip(*roof.get_data()):
+        assert speed == pytest.approx(min(2 * intensity, 8), rel=1e-5)
+    assert (point.get_xdata(), point.get_ydata()) == ([10.0], [5.0])
+
+
+def test_the_fastest_call_is_the_shortest_one():
+    durations = iter([0.0, 0.02, 0.001])
+
+    def call():
+        time.sleep(next(durations, 0.02))
+
+    assert 0.001 <= roofline.fastest(call, seconds=0.05) < 0.02
+
+
+def test_the_limits_of_the_machine_are_rates():
+    peak, bandwidth = roofline.machine_limits(0.001, 64)
+    assert 1e7 < peak < 1e15 and 1e7 < bandwidth < 1e15

@@ -11,13 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, RED, Table, figure, table
+from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.fast import accelerate
 from convnext_min.measure import count_macs, layer_costs
 from convnext_min.roadmap import STEPS, build
 
 CONVOLUTIONS = {"1×1": BLUE, "shortcut 1×1": GREEN, "depthwise": RED}  # of the stages, with their colours
 REST = "stem, classifier"
+KINDS = {  # all of them, in the order of a bar
+    "1×1": BLUE,
+    "dense 3×3": ORANGE,
+    "depthwise": RED,
+    "shortcut 1×1": GREEN,
+    "norm": PURPLE,
+    "activation": "#f0e442",
+    REST: GREY,
+}
 
 
 class Cost(NamedTuple):
@@ -35,7 +44,9 @@ def _kind(name: str, layer: nn.Module) -> str:
     if isinstance(layer, nn.Conv2d):
         if "shortcut" in name:
             return "shortcut 1×1"
-        return "1×1" if layer.kernel_size == (1, 1) else "depthwise"
+        if layer.kernel_size == (1, 1):
+            return "1×1"
+        return "depthwise" if layer.groups == layer.in_channels else "dense 3×3"
     return "norm" if isinstance(layer, (nn.BatchNorm2d, nn.LayerNorm)) else "activation"
 
 
@@ -102,6 +113,37 @@ def time_by_kind(models: Mapping[str, nn.Module], **speed) -> Table:
         ms = [1e3 * value / speed["batch_size"] for value in seconds]
         rows.append((kind, *(f"{value:.1f}" for value in ms), f"{ms[1] - ms[0]:+.1f}"))
     return table(("layers of the stages, forward", *(f"{name} (ms per image)" for name in models), "change"), rows)
+
+
+def total(costs: Mapping[tuple[int | None, str], Cost], *kinds: str) -> Cost:
+    """Sum the costs of all stages, of the given kinds or, without kinds, of all."""
+    chosen = [cost for (_, kind), cost in costs.items() if kind in (kinds or KINDS)]
+    return Cost(*map(sum, zip(Cost(0, 0, 0.0), *chosen)))
+
+
+def draw_macs_and_time(networks: Mapping[str, Mapping], resolution: int, batch_size: int) -> Figure:
+    """Draw one bar per network, stacked by kind of layer: MACs at `resolution` px, and forward time per image.
+
+    `networks` are {title: costs_by_kind(model, ...)}. The share of depthwise convolutions stands at the end of the bar:
+    in MACs it is too thin to see.
+    """
+    fig, axes = figure(3.2, 2, sharey=True)
+    for ax, field, unit in zip(axes, ("macs", "seconds"), (1e-9, 1e3 / batch_size)):
+        left = [0.0] * len(networks)
+        for kind, color in KINDS.items():
+            values = [unit * getattr(total(costs, kind), field) for costs in networks.values()]
+            ax.barh(list(networks), values, left=left, height=0.6, color=color, label=kind)
+            left = [a + b for a, b in zip(left, values)]
+        for y, costs in enumerate(networks.values()):
+            if share := getattr(total(costs, "depthwise"), field) / getattr(total(costs), field):
+                place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+                ax.annotate(f"depthwise\n{share:.1%}", (left[y], y), **place)
+        ax.set_xlim(0, 1.35 * max(left))
+    axes[0].set_xlabel(f"GMACs at {resolution} px")
+    axes[1].set_xlabel("forward, ms per image")
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return fig
 
 
 def kept_tensors(block: nn.Module, chans: int, size: int) -> Counter[int]:

@@ -127,7 +127,7 @@ def check_bottleneck_macs(answer) -> None:
     for width, size in ((64, 56), (80, 20), (512, 7)):
         right = count_macs(blocks.Bottleneck(4 * width, width), size, 4 * width)
         expect(answer(width, size), right, f"bottleneck_macs({width}, {size})", reveal=False)
-    solved("17 multiplications per pixel and pair of inner channels")
+    solved("17 width² MACs per pixel: 4 for each 1×1 convolution and 9 for the 3×3")
 
 
 def check_projection_share(answer) -> None:
@@ -137,7 +137,7 @@ def check_projection_share(answer) -> None:
     convs = [stage[0].shortcut[0] for stage in model.stages]
     macs = sum(conv.in_channels * conv.out_channels * (56 // 2**i) ** 2 for i, conv in enumerate(convs))
     expect(answer, macs / count_macs(model), "projection_share()", 1e-3, reveal=False)
-    solved(f"{answer:.1%} of the MACs are spent on shortcuts that change the shape of their input")
+    solved(f"the projections take {answer:.1%} of the MACs")
 
 
 def check_learning_rate(answer) -> None:
@@ -148,8 +148,9 @@ def check_learning_rate(answer) -> None:
         recipe = Recipe(epochs, warmup=setting["warmup"] / epochs, base_lr=peak, min_lr=setting["end"])
         for epoch in (0, 2.5, setting["warmup"], 40, epochs // 2, epochs):
             right = recipe.lr_at(epoch / epochs)
-            expect(answer(epoch, **setting), right, f"learning_rate({epoch}, **{setting})", 1e-6)
-    solved("it equals the trainer's schedule")
+            arguments = ", ".join(f"{name}={value:g}" for name, value in setting.items())
+            expect(answer(epoch, **setting), right, f"learning_rate({epoch}, {arguments})", 1e-6)
+    solved("your schedule equals the trainer's")
 
 
 def check_drop_path_rates(answer) -> None:
@@ -161,7 +162,7 @@ def check_drop_path_rates(answer) -> None:
         for i, (stage, right) in enumerate(zip(rates, built.stages)):
             right = torch.tensor([block.drop_path.rate for block in right])
             expect(torch.tensor(stage), right, f"rates of stage {i + 1}, depths {depths}", 1e-4)
-    solved("from 0 at the first block of the network to the full rate at its last")
+    solved("the rates grow from 0 at the first block of the network to the full rate at the last")
 
 
 # 02 Macro design
@@ -173,7 +174,7 @@ def check_network_macs(answer) -> None:
         with torch.device("meta"):
             right = count_macs(RoadNet(replace(STEPS["resnet50"], depths=depths)))
         expect(answer(depths), right, f"network_macs({depths})", reveal=False)
-    solved("each additional block costs the same, whatever its stage")
+    solved("after the first block of a stage, every block costs the same in all stages")
 
 
 def check_patchify_linear(answer) -> None:
@@ -182,7 +183,7 @@ def check_patchify_linear(answer) -> None:
     images, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 16, 24), (5, 3, 4, 4), (5,)))
     right = nn.functional.conv2d(images, weight, bias, stride=4)
     expect(answer(images, weight, bias), right, "patchify_linear(images, weight, bias)", 1e-4)
-    solved("patches do not overlap, so cutting and one matrix product are enough")
+    solved("patches do not overlap, so one reshape and one matrix product are enough")
 
 
 def check_shift_error(answer) -> None:
@@ -197,8 +198,10 @@ def check_shift_error(answer) -> None:
             right = ((after - before).abs().mean() / before.abs().mean()).item()
             value = answer(stem, images, shift)
             if not isinstance(value, (int, float)) or not math.isclose(value, right, rel_tol=1e-3, abs_tol=1e-6):
-                raise AssertionError(f"shift_error of the {slug} stem at {shift} px: got {value}, which is not right")
-    solved("the output of a patchify stem shifts with the image only if the shift is a whole patch")
+                asked = f"shift_error of the {slug} stem at {shift} px"
+                problem = "no answer yet" if value is None else f"yours is {value}, which is not correct"
+                raise AssertionError(f"{asked}: {problem}")
+    solved("the patchify stem follows a shift exactly if the shift is a whole number of patches, and only then")
 
 
 # 03 ResNeXt-ify
@@ -210,13 +213,13 @@ def check_grouped_macs(answer) -> None:
         in_chans, out_chans, size, kernel_size, groups = case
         conv = nn.Conv2d(in_chans, out_chans, kernel_size, padding=kernel_size // 2, groups=groups)
         expect(answer(*case), count_macs(conv, size, in_chans), f"grouped_macs{case}", reveal=False)
-    solved("it equals PyTorch's count, from one group to one group per channel")
+    solved("your formula equals the counter's result, from one group to one group per channel")
 
 
 def check_resnext_block(answer) -> None:
     """Check exercise 3.2: ResNeXt-50's (32x4d) block, against torchvision's."""
     same(answer, torchvision.models.resnet.Bottleneck(256, 64, groups=32, base_width=4), (2, 256, 14, 14))
-    solved("ResNeXt's block is between ResNet's and this chapter's")
+    solved("ResNeXt's block lies between ResNet's and this chapter's")
 
 
 def check_fold_separable(answer) -> None:
@@ -233,20 +236,24 @@ def check_fold_separable(answer) -> None:
         conv2d = nn.functional.conv2d
         right = conv2d(conv2d(x, depthwise, padding=k // 2, groups=chans), pointwise)
         expect(conv2d(x, weight, padding=k // 2), right, "output of the folded convolution", 1e-4)
-    solved("only C (k^2 + D - 1) of the D C k^2 weights are free: k^2 + D per channel, minus a scale that both share")
+    solved("C (k² + D - 1) of the D C k² weights are free: k² + D per channel, minus a scale that both factors share")
 
 
 def check_widest(answer) -> None:
     """Check exercise 3.4: the largest base width, a multiple of 4, of a depthwise network within a number of MACs."""
     for macs in (1_000_000_000, 4_500_000_000):
-        width = answer(macs)
-        valid = None if width is None else isinstance(width, int) and width >= 4 and width % 4 == 0
-        expect(valid, True, f"widest({macs:,}) is a multiple of 4")
+        width, asked = answer(macs), f"widest({macs:,})"
+        if width is None:
+            raise AssertionError(f"{asked}: no answer yet")
+        if not isinstance(width, int) or width < 4 or width % 4 != 0:
+            raise AssertionError(f"{asked}: yours is {width}, expected a positive multiple of 4")
         with torch.device("meta"):
-            costs = [count_macs(RoadNet(replace(STEPS["depthwise"], width=w))) for w in (width, width + 4)]
-        expect(costs[0] <= macs, True, f"width {width} stays within {macs:,} MACs")
-        expect(costs[1] > macs, True, f"no larger width than {width} stays within {macs:,} MACs")
-    solved("it stays within the MACs, and 4 more channels would not")
+            own, next_wider = (count_macs(RoadNet(replace(STEPS["depthwise"], width=w))) for w in (width, width + 4))
+        if own > macs:
+            raise AssertionError(f"{asked}: yours is {width}, which needs {own:,} MACs")
+        if next_wider <= macs:
+            raise AssertionError(f"{asked}: yours is {width}, but {width + 4} is within the MACs as well")
+    solved("the network stays within the MACs, and 4 more channels would exceed them")
 
 
 # 04 Inverted bottleneck

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from statistics import median
 
@@ -10,14 +11,15 @@ import skimage.data
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Polygon
+from matplotlib.patches import Polygon, Rectangle
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from convnext_min import paper
 from convnext_min.book.style import BLUE, GREY, INK, ORANGE, Table, figure, table, use_style
-from convnext_min.measure import Throughput, count_macs, count_parameters, road_table, throughput
-from convnext_min.roadmap import build
+from convnext_min.data import ImageSet
+from convnext_min.measure import Throughput, count_macs, count_parameters, layer_costs, road_table, throughput
+from convnext_min.roadmap import STEPS, Design, build
 from convnext_min.train.log import training_curve
 
 
@@ -67,6 +69,88 @@ def image_grid(images: Tensor, titles: Sequence[str] = (), columns: int = 4) -> 
         ax.imshow(picture.permute(1, 2, 0).cpu().numpy())
     for ax, title in zip(axes.flat, titles):
         ax.set_title(title, fontsize=9.5, fontweight="normal")
+    return fig
+
+
+def predictions(image_set: ImageSet, probabilities: Tensor) -> Figure:
+    """Draw every image under its predicted class and that probability; if it is wrong, under the true class as well.
+
+    `probabilities` is (N, classes), for the N images of `image_set`.
+    """
+    titles = []
+    for probability, answer, label in zip(*probabilities.max(1), image_set.labels):
+        right = "" if answer == label else f"\nnot {image_set.classes[label]}"
+        titles.append(f"{image_set.classes[answer]} {probability:.0%}{right}")
+    return image_grid(image_set.images, titles, columns=5)
+
+
+def lines(curves: Mapping[str, tuple[Sequence, Sequence]], xlabel: str, ylabel: str) -> Figure:
+    """Plot curves, given as {label: (x, y)}, in one pair of axes with a legend."""
+    fig, ax = figure(2.8)
+    for label, (x, y) in curves.items():
+        ax.plot(x, y, label=label)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    ax.legend()
+    return fig
+
+
+def stage_macs(*slugs: str) -> Figure:
+    """Draw the GMACs at 224 px in each stage of road steps of the smaller regime, as groups of bars."""
+    fig, ax = figure(3.0)
+    width = 0.8 / len(slugs)
+    for i, (slug, color) in enumerate(zip(slugs, (GREY, BLUE, ORANGE))):
+        with torch.device("meta"):
+            costs = layer_costs(build(slug), batch_size=1, repeats=1)
+        macs = [sum(cost.macs for cost in costs if cost.name.startswith(f"stages.{stage}.")) for stage in range(4)]
+        places = [stage + (i - (len(slugs) - 1) / 2) * width for stage in range(4)]
+        label = ", ".join(map(str, STEPS[slug].depths))
+        bars = ax.bar(places, [m / 1e9 for m in macs], 0.95 * width, color=color, label=label)
+        ax.bar_label(bars, fmt="%.2f", fontsize=9)
+    ax.set_xticks(range(4), [f"stage {stage + 1}\n{56 // 2**stage}×{56 // 2**stage}" for stage in range(4)])
+    ax.set_ylabel("GMACs at 224 px")
+    ax.legend(title="blocks")
+    return fig
+
+
+def design_table(name: str, design: Design) -> Table:
+    """Show the fields of a design of the road and their values, a function or a class by its name."""
+    values = {field.name: getattr(design, field.name) for field in fields(design)}
+    called = {field: getattr(value, "func", value) for field, value in values.items()}  # of a partial
+    return table(("field", name), [(field, getattr(value, "__name__", value)) for field, value in called.items()])
+
+
+def windows(image: Tensor, seen: Mapping[str, Sequence[tuple[int, int, int, int]]], margin: int = 12) -> Figure:
+    """Draw windows (top, left, height, width) on `image` (3, H, W), a panel per title, cut `margin` px around them."""
+    fig, axes = figure(3.3, len(seen), squeeze=False)
+    boxes = [box for group in seen.values() for box in group]
+    top, left = min(box[0] for box in boxes) - margin, min(box[1] for box in boxes) - margin
+    bottom, right = max(box[0] + box[2] for box in boxes) + margin, max(box[1] + box[3] for box in boxes) + margin
+    for ax, (title, group) in zip(axes.flat, seen.items()):
+        ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, image.shape[2], image.shape[1], 0))
+        for (y, x, height, width), color in zip(group, (ORANGE, "white", BLUE)):
+            ax.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=2))
+        ax.set(title=title, xlabel="pixels", xlim=(left, right), ylim=(bottom, top))
+    return fig
+
+
+def mixing_matrices(matrices: Mapping[str, Tensor], chans: int) -> Figure:
+    """Draw the absolute values of matrices (chans * pixels, chans * pixels), divided into tiles by channel."""
+    use_style()
+    fig, axes = plt.subplots(2, 2, figsize=(6.0, 6.3))
+    plt.close(fig)
+    for ax, (name, matrix) in zip(axes.flat, matrices.items()):
+        ax.imshow(matrix.abs(), cmap="Blues", vmax=matrix.abs().max())
+        ax.set_title(name)
+        pixels = len(matrix) // chans
+        edges = [i * pixels - 0.5 for i in range(chans + 1)]
+        ax.hlines(edges, edges[0], edges[-1], color=GREY, linewidth=0.7)
+        ax.vlines(edges, edges[0], edges[-1], color=GREY, linewidth=0.7)
+        middles, numbers = [(i + 0.5) * pixels for i in range(chans)], range(1, chans + 1)
+        ax.set(xticks=middles, yticks=middles, xticklabels=numbers, yticklabels=numbers)
+        ax.set(xlabel="input channel", ylabel="output channel")
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
     return fig
 
 

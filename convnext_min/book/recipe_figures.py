@@ -1,4 +1,4 @@
-"""Figures and tables of training recipes: their differences, their schedules, and what they do to an image."""
+"""Figures and tables of training recipes: gains, differences, schedules, what they do to images and blocks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,11 +8,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.data import Mixup
-from torch import Tensor
+from torch import Tensor, nn
 
-from convnext_min import convnext, recipes
+from convnext_min import convnext, paper, recipes
 from convnext_min.book.figures import image_grid
-from convnext_min.book.style import BLUE, GREEN, GREY, ORANGE, PURPLE, Table, figure, table
+from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Table, figure, table
+from convnext_min.convnext import DropPath
 from convnext_min.data import MEAN, STD, disk, seeded
 from convnext_min.recipes import Recipe
 from convnext_min.train.optim import learning_rate_scales
@@ -133,3 +134,72 @@ def paper_recipes() -> Table:
         length = f"{recipe.epochs} ({round(recipe.warmup * recipe.epochs)})"
         rows.append((name, length, f"{recipe.base_lr:g} / {recipe.batch_size:,}", recipe.resolution, *rates))
     return table(("recipe", "epochs (warm-up)", "rate / batch", "pixels", "T", "S", "B", "L", "XL"), rows)
+
+
+def recipe_gain() -> Figure:
+    """Draw the paper's top-1 of ResNet-50 with both recipes and of the end of the road, and the gains between them."""
+    start, end = paper.TABLE10["resnet50"], paper.TABLE10["convnext"]
+    names = ("ResNet-50,\nclassic recipe", "ResNet-50,\npaper's recipe", "end of the road,\npaper's recipe")
+    top1 = (paper.CLASSIC_TOP1["resnet50"], start.top1, end.top1)
+    fig, ax = figure(2.3)
+    changes = (("recipe", ORANGE), ("architecture", BLUE))
+    for y, (what, color) in enumerate(changes):
+        gain = top1[y + 1] - top1[y]
+        ax.annotate("", (top1[y + 1], y + 0.5), (top1[y], y + 0.5), arrowprops={"arrowstyle": "->", "color": color})
+        ax.text(top1[y] - 0.12, y + 0.5, f"{what}: {gain:+.2f}", color=INK, ha="right", va="center", fontsize=9.5)
+        ax.plot([top1[y + 1]] * 2, [y + 0.5, y + 1], color=GREY, linewidth=0.8, linestyle=":")
+    ax.plot(top1, range(3), "o", color=INK, markersize=7)
+    for y, value in enumerate(top1):
+        ax.annotate(f"{value:.2f}", (value, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9.5)
+    ax.set_yticks(range(3), names)
+    ax.set(ylim=(2.4, -0.4), xlim=(74.2, 83.2), xlabel="ImageNet top-1 (%), paper")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    return fig
+
+
+def residual_losses(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Plot the training loss over the iterations for each stack, as a running mean of ten, and the loss of guessing.
+
+    Names contain "plain" (orange) or "residual" (blue) and begin with the number of convolutions: 8 (dotted) or more.
+    """
+    fig, ax = figure(3.2)
+    for name, values in losses.items():
+        window = min(10, len(values))
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        line = {"color": BLUE if "residual" in name else ORANGE, "linestyle": ":" if name.startswith("8 ") else "-"}
+        ax.plot(np.arange(len(smooth)) + window, smooth, label=name, **line)
+    guessing = np.log(10)  # ten classes, all equally probable
+    ax.axhline(guessing, color=GREY, linewidth=1)
+    ax.annotate("guessing", (len(values), guessing), (0, 4), textcoords="offset points", ha="right", fontsize=9)
+    ax.set(xlabel="iteration, 64 images each", ylabel="training loss")
+    ax.legend()
+    return fig
+
+
+def label_titles(labels: Tensor, names: Sequence[str]) -> list[str]:
+    """Return one title per row of `labels` (N, classes): the classes with a positive share, with their percentages."""
+    shares = [[(share, name) for share, name in zip(label, names) if share > 0] for label in labels.tolist()]
+    return ["\n".join(f"{share:.0%} {name}" for share, name in pairs) for pairs in shares]
+
+
+@torch.no_grad()
+def dropped_blocks(model: nn.Module, images: Tensor) -> Figure:
+    """Draw which blocks stochastic depth leaves out for which of the `images` (N, 3, H, W) in a training pass."""
+    dropped = []  # one (N,) per block
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, out: dropped.append((out == 0).flatten(1).all(1)))
+        for layer in model.modules()
+        if isinstance(layer, DropPath)
+    ]
+    model.train()(images)
+    for hook in hooks:
+        hook.remove()
+    grid = torch.stack(dropped)  # (blocks, N)
+    fig, ax = figure(2.8)
+    ax.imshow(grid.numpy(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+    ticks = range(0, len(grid), 5)
+    ax.set_yticks(ticks, [tick + 1 for tick in ticks])
+    ax.set(xlabel="image of the batch", ylabel="block")
+    ax.set_title(f"{grid.sum().item()} of {grid.numel()} left out", fontweight="normal")
+    return fig
