@@ -11,7 +11,7 @@ NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(PYTHON)
 
-.PHONY: help install train book test test-lowest notebooks results figures address version release clean
+.PHONY: help install train book test test-lowest notebooks heads results figures address version release clean
 
 help:
 	@echo "make book         render the book into $(BOOK)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         check style, unit tests, notebooks, the book and its pages"
 	@echo "make test-lowest  run the unit tests with the oldest supported versions, in $(LOWEST)"
 	@echo "make notebooks    run the notebooks at the quick budget and keep their outputs (NOTEBOOKS=... for some)"
+	@echo "make heads        bring the minutes to read at the head of each notebook up to date"
 	@echo "make results      refresh the results shown in the notebooks and figures from book/results"
 	@echo "make figures      redraw the figures of the pages and the README"
 	@echo "make address URL=https://github.com/you/fork   rewrite the address of the repository everywhere"
@@ -63,6 +64,9 @@ $(LOWEST)/installed: requirements.txt pyproject.toml
 
 notebooks: $(INSTALLED)
 	$(BIN)/python book/execute.py $(NOTEBOOKS)
+
+heads: $(INSTALLED)
+	$(BIN)/python book/head.py $(NOTEBOOKS)
 
 results: $(INSTALLED)
 	$(BIN)/python book/execute.py --results $(NOTEBOOKS)

@@ -1,12 +1,14 @@
 """Run notebooks and keep their outputs, at the budget of the committed outputs: `make notebooks`.
 
 With `--results`, run only cells with the tag "results", which show nothing but files of book/results: `make results`,
-after an experiment has made more runs. The outputs of all other cells stay.
+after an experiment has made more runs. The outputs of all other cells stay. Solutions never keep an output: it would
+give away what a reader is asked to compute.
 """
 
 import argparse
 import ast
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -27,6 +29,7 @@ def execute(path: Path) -> None:
     """Run the notebook at `path` in its folder and write it back with its outputs. Raises if a cell raises."""
     notebook = nbformat.read(path, as_version=4)
     run(notebook, path.parent)
+    clear_solutions(notebook)
     notebook.metadata = METADATA
     nbformat.write(notebook, path)
 
@@ -62,9 +65,15 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
     client.execute(env=os.environ | ENVIRONMENT)
 
 
+def clear_solutions(notebook: nbformat.NotebookNode) -> None:
+    """Remove the outputs of all cells with the tag "solution"."""
+    for cell in code_cells(notebook):
+        if "solution" in cell.metadata.get("tags", ()):
+            cell.outputs = []
+
+
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """Return the code cells after the first, which installs the package and prints the budget."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code"][1:]
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def is_of_results(cell: nbformat.NotebookNode) -> bool:
@@ -72,7 +81,8 @@ def is_of_results(cell: nbformat.NotebookNode) -> bool:
 
 
 def definitions(source: str) -> str:
-    """Return the source of a cell's imports and functions, without the statements that do the work."""
+    """Return the source of a cell's imports and functions, without magics and the statements that do the work."""
+    source = re.sub(r"(?m)^\s*%[a-z].*$", "", source)
     kept = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
     return ast.unparse(ast.Module(kept, []))
 

@@ -1,5 +1,6 @@
 """Checks of the built pages, _build/html: run `make book` first."""
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_colab_button(notebook):
     assert page.is_file(), f"{notebook.name} is not in _toc.yml"
     links = {tag["href"] for tag in soup(page).find_all("a", href=True) if "colab.research" in tag["href"]}
     assert links == {f"{address}/blob/{repository['branch']}/notebooks/{notebook.name}"}
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_plain_markdown_became_numbered_figures_and_internal_links(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    article = soup(HTML / "notebooks" / f"{notebook.stem}.html").select_one("article")
+    captions = [caption.get_text(" ", strip=True) for caption in article.select("figure figcaption")]
+    assert len(captions) == prose.count("*Figure:") and all(re.match(r"Fig\. \d+ ", text) for text in captions)
+    assert not any(text.startswith("Figure:") for text in (tag.get_text() for tag in article.select("p > em")))
+    for name in re.findall(r"\]\([\w.]*#(fig-[\w-]+)\)", prose):
+        references = {tag.get_text() for tag in article.select(f'a[href$="#{name}"]:not(.headerlink)')}
+        assert references and all(re.fullmatch(r"Fig\. \d+", text) for text in references), name
+    site = CONFIG["html"]["baseurl"]
+    assert [tag["href"] for tag in article.select("a[href]") if tag["href"].startswith(site)] == []
+
+
+def test_the_bibliography_has_readable_labels():
+    labels = [tag.get_text() for tag in soup(HTML / "book" / "bibliography.html").select(".citation .label")]
+    entries = (ROOT / "book" / "references.bib").read_text().count("\n@") + 1
+    assert len(labels) == entries and "[He et al., 2016a]" in labels
 
 
 def test_mathematics_is_drawn_by_the_local_script():

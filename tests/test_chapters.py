@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import nbformat
@@ -21,10 +22,11 @@ CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "1[01]_*.ipynb") for 
 
 
 def cells(chapter: str, tag: str | None = None) -> list[str]:
-    """Sources of the code cells with `tag`, or of those that are no part of an exercise, without the bootstrap cell."""
-    found = [cell for cell in nbformat.read(CHAPTERS[chapter], 4).cells if cell.cell_type == "code"][1:]
+    """Sources of the code cells with `tag`, or of those that are no part of an exercise, without magics."""
+    found = [cell for cell in nbformat.read(CHAPTERS[chapter], 4).cells if cell.cell_type == "code"]
     tags = [set(cell.metadata.get("tags", ())) & {"exercise", "solution"} for cell in found]
-    return [cell.source for cell, own in zip(found, tags) if own == ({tag} if tag else set())]
+    sources = [cell.source for cell, own in zip(found, tags) if own == ({tag} if tag else set())]
+    return [re.sub(r"(?m)^\s*%[a-z].*$", "", source) for source in sources]
 
 
 def lifted(chapter: str) -> dict:

@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/-])(?:/(?:home|root|tmp|usr|opt|var|mnt|work|content|Users)/|[A-Z]:\\)")
 
-BOOTSTRAP = """\
+SETUP = """\
+# @title Setup
 import sys
 
 if "google.colab" in sys.modules:
     repository = "{url}"
     %pip install -q "convnext-min[train,dense] @ git+{{repository}}@{branch}"
 
-from convnext_min.book.budget import budget, budget_name
-
-print("Budget:", budget_name())"""
+"""
+FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}
 
 
 def chapters() -> list[str]:
@@ -41,6 +41,14 @@ def code(notebook) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def load(name: str):
+    """Import a program of the folder book."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "book" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def text_of(output: nbformat.NotebookNode) -> str:
     """All text of an output, pictures left out."""
     if output.output_type == "stream":
@@ -57,9 +65,74 @@ def test_the_readme_lists_all_notebooks_in_order():
     assert re.findall(r"^\|.*\]\((notebooks/\w+)\.ipynb\)", readme, re.MULTILINE) == chapters()
 
 
-def test_bootstrap_cell(code):
+def test_a_chapter_begins_with_its_question_and_one_folded_setup_cell(notebook, code):
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
-    assert code[0].source == BOOTSTRAP.format(url=repository["url"], branch=repository["branch"])
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert code[0].source.startswith(SETUP.format(url=repository["url"], branch=repository["branch"]))
+    assert 'print("Budget:", budget_name())' in code[0].source.splitlines()
+    assert "hide-cell" in code[0].metadata.tags and FOLDED.items() <= code[0].metadata.items()
+
+
+def test_a_solution_is_folded_and_shows_nothing(code):
+    for cell in code:
+        if "solution" in cell.metadata.get("tags", ()):
+            assert cell.outputs == [], "run `make notebooks`"
+            assert "hide-cell" in cell.metadata.tags and FOLDED.items() <= cell.metadata.items()
+
+
+# Notebooks with longer lines, and how many. The numbers only ever fall.
+LONG_LINES = {
+    "01_resnet50_and_the_recipe": 4,
+    "02_macro_design": 4,
+    "03_resnextify": 11,
+    "04_inverted_bottleneck": 5,
+    "05_large_kernels": 15,
+    "06_micro_design": 8,
+    "07_convnext": 8,
+    "08_training_on_imagenette": 15,
+    "09_recipe_or_architecture": 4,
+    "10_when_does_convnext_win": 7,
+    "11_imagenet_recipe": 6,
+    "paper_against_code": 5,
+}
+
+
+def test_lines_of_code_fit_the_page(request, notebook, code):
+    name = request.node.callspec.id
+    long = [line for cell in code for line in cell.source.splitlines() if len(line) > 80]
+    assert len(long) <= LONG_LINES.get(name, 0), "longer than 80 characters:\n" + "\n".join(long)
+
+
+def test_the_line_under_the_title_is_current(request, notebook):
+    head = load("head")
+    found = head.HEAD.search(notebook.cells[0].source)
+    assert found and notebook.cells[0].source.split("\n\n")[1] == found[0], "run `make heads`"
+    assert abs(int(found["minutes"]) - head.minutes(notebook)) <= 5, "run `make heads`"
+    assert head.head(request.node.callspec.id, notebook, found["needs"]).split(" · ")[1:] == found[0].split(" · ")[1:]
+
+
+def test_minutes_to_read_count_prose_and_unfolded_code():
+    head = load("head")
+    prose, code = {"cell_type": "markdown", "source": ["word " * 2000], "metadata": {}}, {"cell_type": "code"}
+    shown, hidden = {**code, "metadata": {}}, {**code, "metadata": {"tags": ["hide-cell"]}}
+    assert head.minutes({"cells": [prose]}) == 10
+    assert head.minutes({"cells": [prose, {**shown, "source": ["x\n"] * 150}]}) == 20
+    assert head.minutes({"cells": [prose, {**hidden, "source": ["x\n"] * 150}]}) == 10
+
+
+def test_the_line_under_the_title_is_written_and_renewed(tmp_path):
+    head = load("head")
+    path = tmp_path / "new.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# New\n\nA question?")]), path)
+    with pytest.raises(ValueError, match=r"new\.ipynb has no line under its title yet: give --needs"):
+        head.write_head(path)
+    head.write_head(path, "nothing")
+    once = path.read_text()
+    head.write_head(path)
+    title, line, question = nbformat.read(path, 4).cells[0].source.split("\n\n")
+    assert (title, question) == ("# New", "A question?") and path.read_text() == once
+    assert line.startswith("5 minutes to read · needs nothing · [![Open in Colab](../book/figures/colab.svg)](https://")
+    assert line.endswith("/notebooks/new.ipynb)")
 
 
 def test_the_whole_notebook_was_run_in_order(code):
@@ -67,7 +140,7 @@ def test_the_whole_notebook_was_run_in_order(code):
 
 
 def test_outputs_are_those_of_the_quick_budget(code):
-    assert [text_of(output) for output in code[0].outputs] == ["Budget: quick\n"], "run `make notebooks`"
+    assert text_of(code[0].outputs[0]).startswith("Budget: quick\n"), "run `make notebooks`"
     assert any(cell.outputs for cell in code[1:])
 
 
@@ -101,10 +174,12 @@ def test_the_quickstart_learned_the_drawn_images_in_two_minutes():
 
 
 def test_results_are_shown_anew_without_measuring_anything_again(tmp_path):
-    spec = importlib.util.spec_from_file_location("execute", ROOT / "book" / "execute.py")
-    execute = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(execute)
-    sources = ("print('first')", "def double(x):\n    return 2 * x\n\n\n1 / 0  # not again", "double(21)")
+    execute = load("execute")
+    sources = (
+        "%pip install nothing\nprint('first')",
+        "def double(x):\n    return 2 * x\n\n\n1 / 0  # not again",
+        "double(21)",
+    )
     cells = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(sources)]
     cells[1].outputs = [nbformat.v4.new_output("stream", text="3.2 s\n")]
     cells[2].metadata["tags"] = ["results"]
@@ -115,3 +190,13 @@ def test_results_are_shown_anew_without_measuring_anything_again(tmp_path):
     assert [text_of(output) for output in shown.outputs] == ["42"] and shown.outputs[0].execution_count == 3
     assert [text_of(output) for output in measured.outputs] == ["3.2 s\n"] and not first.outputs
     assert [cell.source for cell in (first, measured, shown)] == list(sources)
+
+
+def test_a_run_keeps_no_output_of_a_solution(tmp_path):
+    execute = load("execute")
+    cells = [nbformat.v4.new_code_cell("21", metadata={"tags": tags}) for tags in ([], ["solution"])]
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    execute.execute(path)
+    shown, solution = nbformat.read(path, as_version=4).cells
+    assert [text_of(output) for output in shown.outputs] == ["21"] and solution.outputs == []
