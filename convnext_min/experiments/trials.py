@@ -139,7 +139,7 @@ SMALL_RECIPE_LRS = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 # ---- Without a pyramid: isotropic ConvNeXt and ViT; both start from truncated normal weights of 0.02
 
-ISOTROPIC_LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+ISOTROPIC_LRS = (1e-3, 2e-3, 4e-3)
 
 
 def _isotropic_at_lrs(settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
@@ -226,8 +226,8 @@ EXPERIMENTS = {
     "small_recipe_lr": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=5"), HOLDOUT),
     # `--trials` takes each network at the best rate of small_recipe_lr.
     "small_recipe_by_architecture": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=20")),
-    "isotropic_lr": _isotropic_at_lrs(("epochs=3",), HOLDOUT),
-    "isotropic": _isotropic_at_lrs(),  # `--trials` takes each network at the best rate of isotropic_lr
+    "isotropic_lr": _isotropic_at_lrs(("epochs=2",), HOLDOUT),
+    "isotropic": _isotropic_at_lrs(("epochs=4",)),  # `--trials` takes each network at the best rate of isotropic_lr
     "init_and_lr": [
         Trial(f"{step}, {name}", f"road:{step}", "road", changes)
         for step in ("resnet50", "fewer_norms", "layer_norm", "convnext")

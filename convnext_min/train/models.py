@@ -58,7 +58,10 @@ def create_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
     if name in VARIANTS:
         return _create_variant(name, recipe, num_classes)
     if small:
-        return ISOTROPIC[rest](num_classes=num_classes, drop_path_rate=recipe.drop_path)
+        model = ISOTROPIC[rest](num_classes=num_classes, drop_path_rate=recipe.drop_path)
+        for block in model.blocks if rest == "vit" else ():
+            block.attn.fused_attn = False  # on a CPU, fused attention takes twice as long in training
+        return model
     if library == "road":
         model = roadmap.build(
             rest, num_classes=num_classes, width_multiplier=recipe.width_multiplier, drop_path_rate=recipe.drop_path
