@@ -15,7 +15,7 @@ from convnext_min.weights import VARIANTS, find, load_pretrained
 
 
 class Backbone(ConvNeXt):
-    """A `ConvNeXt` with timm's interface; arguments, state-dict keys and weights are those of `ConvNeXt`.
+    """A `ConvNeXt` with timm's interface, and with the arguments and state-dict keys of `ConvNeXt`.
 
     `feature_info` has the channels (`num_chs`) and the stride (`reduction`) of each stage. As in timm,
     `forward_features` returns the last map and `forward_head` pools it. Between `set_grad_checkpointing(True)` and
@@ -41,10 +41,10 @@ class Backbone(ConvNeXt):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the last map and those of the stages `indices`, or with `intermediates_only` only the latter.
+        """Return the last map and a list of the maps of the stages `indices`; with `intermediates_only`, only the list.
 
         The map of stage i has shape (N, dims[i], H / 4 / 2**i, W / 4 / 2**i), rounded down at each stage. `indices` are
-        numbers of stages, negative ones from the end, or how many of the last stages; None takes all four. With
+        stage numbers, negative ones counted from the end, or the count of last stages; None takes all four. With
         `stop_early` later stages are not computed, and the last map is the last one computed. Raises ValueError for
         other indices, for a layout other than NCHW, and for `norm`: ConvNeXt normalizes after pooling.
         """
@@ -94,7 +94,7 @@ class Backbone(ConvNeXt):
 
     @staticmethod
     def _stage_numbers(indices: int | Sequence[int] | None) -> list[int]:
-        """Return the numbers 0 to 3 that `indices` means."""
+        """Return the stage numbers, 0 to 3, that `indices` selects."""
         chosen = range(4) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
         if not chosen or not all(-4 <= i < 4 for i in chosen):
             raise ValueError(f"there are four stages, 0 to 3 or -4 to -1; got {indices!r}")
@@ -104,8 +104,8 @@ class Backbone(ConvNeXt):
 def backbone(name: str, pretrained: Any = None, num_classes: int = 0, **options) -> Backbone:
     """Build the variant called `name`, such as "convnext_tiny", as a `Backbone`, by default without a classifier.
 
-    `pretrained` is a tag of `weights.list_pretrained`, a file, a URL or a state dict; `options` are those of
-    `ConvNeXt`. Raises ValueError for a name that has no four stages, and as `weights.load_pretrained` does.
+    `pretrained` is a tag of `weights.list_pretrained`, a file, a URL or a state dict; `options` are further
+    arguments of `ConvNeXt`. Raises ValueError for a name without four stages, and as `weights.load_pretrained` does.
     """
     names = [variant for variant, build in VARIANTS.items() if build.func is ConvNeXt]
     if name not in names:

@@ -1,7 +1,7 @@
 """ConvNeXt in one file that needs nothing but PyTorch: copy it.
 
 "A ConvNet for the 2020s", Liu et al., CVPR 2022, https://arxiv.org/abs/2201.03545.
-State-dict keys and the initial distribution are those of the official release.
+State-dict keys and initial weights follow the official release.
 """
 
 from functools import partial

@@ -24,9 +24,10 @@ def download(
     """Download `url` into PyTorch's cache, unless it is there, and return the file's path.
 
     `sha256` is the file's hexadecimal digest or its first digits; without it the digits in a name such as
-    `model-983f1562.pth` are taken. `timeout` is how many seconds a connection may be silent. A broken transfer is
-    resumed where the server allows it, otherwise restarted; only complete files enter the cache. `file://` addresses
-    are read in place. Raises ConnectionError if all attempts fail, ValueError for a wrong digest.
+    `model-983f1562.pth` are taken. `timeout` is the number of seconds after which a silent connection
+    is closed. A broken transfer is resumed where the server allows it, otherwise restarted; only complete files enter
+    the cache. `file://` addresses are read in place. Raises ConnectionError if all attempts fail, ValueError for a
+    wrong digest.
     """
     address = urllib.parse.urlsplit(url)
     sha256 = sha256 or _digits_in(address.path)

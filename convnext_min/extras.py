@@ -1,4 +1,4 @@
-"""The optional dependencies: which modules each extra of pyproject.toml brings, and one clear error without them."""
+"""The optional dependencies: the modules of each extra in pyproject.toml, and one clear error without them."""
 
 from importlib.util import find_spec
 

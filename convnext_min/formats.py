@@ -77,7 +77,7 @@ def tensor_names(names: Names, depths: tuple[int, ...]) -> list[str]:
 
 
 def recognize(state: Mapping[str, Tensor]) -> str:
-    """Return whose keys `state` has: one of `FORMATS`, or "isotropic" for the official release's isotropic models.
+    """Return the library whose keys `state` has: one of `FORMATS`, or "isotropic" for an isotropic model.
 
     Raises ValueError, naming the first keys, if they are of no ConvNeXt.
     """

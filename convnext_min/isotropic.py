@@ -1,7 +1,7 @@
 """Isotropic ConvNeXt (section 3.3 of the paper): one resolution and one width throughout, as in a ViT.
 
 A patchify stem is followed by `depth` ConvNeXt blocks of `dim` channels; there is no downsampling.
-State-dict keys and the initial distribution are those of the official release.
+State-dict keys and initial weights follow the official release.
 """
 
 from functools import partial

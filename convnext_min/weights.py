@@ -95,7 +95,7 @@ def read_state_dict(
 ) -> State:
     """Return the weights in a file, at a URL, in a Hugging Face folder or in a loaded checkpoint; see `unwrap`.
 
-    `sha256` and `progress` are those of `download`. Raises as `read_checkpoint`, `unwrap` and `download` do; what
+    `sha256` and `progress` are passed to `download`. Raises as `read_checkpoint`, `unwrap` and `download` do; what
     was downloaded and cannot be read is deleted from the cache.
     """
     if isinstance(source, Mapping):
@@ -239,7 +239,7 @@ def find(name: str, pretrained: Any) -> Any:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Load `state`, with official keys, into `model` in place; return a line about each tensor that did not fit as is.
+    """Load `state`, with official keys, into `model` in place; return one line per tensor that had to be adapted.
 
     With another number of classes, or no classifier in `state`, the classifier stays as it was built; with another
     number of input channels the stem is adapted by `adapt_stem`. Raises ValueError, naming the first keys and the
@@ -311,7 +311,7 @@ def _settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _compare(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the weights `state` are not those of a model with the state dict `mine`."""
+    """Raise ValueError if the weights `state` do not fit a model with the state dict `mine`."""
     if found := key_differences(state, mine):
         sizes = [f"{variant_name(infer_sizes(weights))}{_without_gamma(weights)}" for weights in (state, mine)]
         raise ValueError(f"the weights do not fit: {found}. They are of {sizes[0]}, the model is {sizes[1]}")

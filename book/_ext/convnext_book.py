@@ -63,7 +63,7 @@ class RoadTable(SphinxDirective):
         regime = self.arguments[0]
         if regime not in REGIMES:
             raise self.error(f"unknown regime {regime!r}; valid: {', '.join(REGIMES)}")
-        lines = ["| step | GMACs here | GMACs paper | parameters (M) | top-1 paper (%) |", "|:--|--:|--:|--:|--:|"]
+        lines = ["| step | GMACs here | GMACs paper | params (M) | top-1 paper (%) |", "|:--|--:|--:|--:|--:|"]
         for row in road_table(regime):
             measured, params = f"{row['gmacs']:.3f}", f"{row['params'] / 1e6:.2f}"
             cells = row["label"], measured, f"{row['paper_gmacs']:.2f}", params, f"{row['paper_top1']:.2f}"

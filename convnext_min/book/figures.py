@@ -39,7 +39,7 @@ def road(regime: str = "resnet50") -> Figure:
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(min(top1) - 0.4, max(top1) + 1.0)
     left.set_xlabel("ImageNet top-1 (%), paper")
-    right.barh(y, [row["gmacs"] for row in rows], height=0.55, color=ORANGE, alpha=0.75, label="measured")
+    right.barh(y, [row["gmacs"] for row in rows], height=0.55, color=ORANGE, alpha=0.75, label="here")
     right.plot([row["paper_gmacs"] for row in rows], y, "|", color=INK, markersize=11, markeredgewidth=2, label="paper")
     right.set_xlabel("GMACs at 224 px")
     for ax in (left, right):
@@ -171,7 +171,7 @@ def step_table(*slugs: str) -> Table:
 def gain_table(*slugs: str) -> Table:
     """Show the paper's change of top-1 (points) from each of the road steps to the next, in both regimes.
 
-    "Standard error" is that of the difference of two means of three seeds, from the standard deviations of Table 10.
+    "Standard error" belongs to the difference of two means of three seeds, from the standard deviations of Table 10.
     Table 11 gives one number for each step, without a spread.
     """
     rows = []

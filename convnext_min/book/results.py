@@ -33,7 +33,7 @@ def backbone() -> Path:
 def content(name: str) -> bytes:
     """Return the bytes of a file, such as "imagenette/3min-seed-0/log.csv".
 
-    Raises FileNotFoundError in a checkout that lacks it, OSError if it has to be fetched and cannot be.
+    Raises FileNotFoundError in a checkout that lacks it, OSError if it must be fetched and that fails.
     """
     if FOLDER.is_dir():
         return (FOLDER / name).read_bytes()

@@ -145,7 +145,7 @@ class ChunkDataset(Dataset):
 
 
 def start_worker(number: int) -> None:
-    """Give a worker process a group of its own, and silence a harmless warning."""
+    """Put a worker process into its own process group, and silence a harmless warning."""
     # Ctrl-C and Slurm signal a whole process group. The main process then finishes its iteration and saves, for which
     # it needs its workers. So the workers get a group of their own; the main process ends them.
     if hasattr(os, "setpgrp"):
@@ -166,8 +166,8 @@ def _read_chunks(chunks: DataLoader) -> Iterator[Any]:
         if not isinstance(error, RuntimeError) or "shared memory" not in str(error):
             raise error
         raise OSError(
-            "workers hand images over in shared memory, and /dev/shm is full: give a container more, as in docker run "
-            "--shm-size=16g, or read without workers: --workers 0"
+            "worker processes pass images through shared memory, and /dev/shm is full: give the container more, as in "
+            "docker run --shm-size=16g, or read without workers: --workers 0"
         ) from error
 
 

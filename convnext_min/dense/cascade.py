@@ -135,7 +135,7 @@ def _refine(
 def cascade_mask_rcnn(
     features: ConvNeXtFeatures, num_classes: int, *, channels: int = 256, hidden: int = 1024, **settings
 ) -> MaskRCNN:
-    """Build Cascade Mask R-CNN; arguments, inputs and outputs are those of `mask_rcnn`."""
+    """Build Cascade Mask R-CNN, with the arguments, inputs and outputs of `mask_rcnn`."""
     model = mask_rcnn(features, num_classes, channels=channels, hidden=hidden, proposals=2000, **settings)
     one = model.roi_heads
     model.roi_heads = CascadeRoIHeads(

@@ -63,7 +63,7 @@ def prepare(
     checkpoint: Path | None = None,
     workers: int = 0,
 ) -> DenseTrainer:
-    """Return the trainer of the network `name`, at its first step or at that of `checkpoint` if it exists."""
+    """Return the trainer of the network `name`, restored from `checkpoint` if that file exists."""
     config = config or RunConfig()
     device = config.device if isinstance(config.device, torch.device) else choose_device(config.device)
     resumes = bool(checkpoint and list_checkpoints(checkpoint))
@@ -93,7 +93,7 @@ def train(
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train the network `name`, "<head>:<backbone>", and return it with its scores on `val_set`.
 
-    Arguments and files are those of `train.train`; `pretrained` is that of `create_dense_model`.
+    Takes the arguments and writes the files of `train.train`; `pretrained` is passed to `create_dense_model`.
     """
     checkpoint = checkpoint_in(output, resume)
     trainer = prepare(name, recipe, train_set, seed, config, pretrained, checkpoint, workers)

@@ -61,7 +61,7 @@ offered for research and education that is not commercial; use the weights in th
 
 
 def split_classes(image_set: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Return the images of the classes that the backbone sees, and those of the last three, which it does not."""
+    """Split the images by class: those that the backbone sees, and the last three classes, which it does not see."""
     return tuple(
         data.select_classes(image_set, classes) for classes in (image_set.classes[:-NEW], image_set.classes[-NEW:])
     )

@@ -43,7 +43,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as CSV; the columns are those of all rows, and a missing value is empty."""
+    """Write rows as CSV, with the columns of all rows; missing values are empty."""
     columns = dict.fromkeys(column for row in rows for column in row)
     with atomic_write(path, newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -154,7 +154,7 @@ def card(name: str, rows: Sequence[Row], commands: list[list[str]]) -> dict[str,
 
 
 def run_trial(trial: Trial | DenseTrial, seed: int, data: str | None, folder: Path, threads: int) -> Result:
-    """Train in a process of its own, in `folder`/work. Raises RuntimeError if it fails."""
+    """Train in a separate process, in `folder`/work. Raises RuntimeError if it fails."""
     work = folder / "work" / f"{trial.name}-{seed}".replace(" ", "_").replace("/", "by")
     work.mkdir(parents=True, exist_ok=True)
     command = ["-m", trial.trainer, "--output", str(work), "--resume", *(["--data", data] if data else [])]

@@ -128,7 +128,7 @@ def prepare(
     start: Start | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[Trainer, Data]:
-    """Return the trainer, at its first step or at that of `checkpoint` if it exists, and the batches of `val_set`."""
+    """Return the trainer, restored from `checkpoint` if that file exists, and the batches of `val_set`."""
     config = config or RunConfig()
     device = config.device if isinstance(config.device, torch.device) else choose_device(config.device)
     train_batches, val_batches = as_batches(train_set, val_set, recipe, seed)
@@ -239,7 +239,10 @@ def end_of_epoch(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect signals of `STOP_CODES` in a list, so that no step is interrupted; a later second one stops at once."""
+    """Collect signals of `STOP_CODES` in a list, so that no iteration is interrupted.
+
+    A second signal stops the process at once, unless it follows within `ONE_REQUEST` seconds of the first.
+    """
     requests, previous, times = [], {}, []
 
     def note(number: int, frame: Any) -> None:
@@ -282,7 +285,7 @@ def report(trainer: Trainer, result: Evaluation, classes: tuple[str, ...]) -> No
 
 
 def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder: Path) -> None:
-    """Write summary.json, predictions.npz and curve.png; the last step's checkpoint and the log are there already."""
+    """Write summary.json, predictions.npz and curve.png; the last checkpoint and the log exist already."""
     arrays = {"predictions": result.predictions.numpy(), "labels": result.labels.numpy()}
     with atomic_write(folder / PREDICTIONS, "wb") as file:
         np.savez_compressed(file, **{name: values.astype(np.uint16) for name, values in arrays.items()})
@@ -308,7 +311,7 @@ def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder:
 
 
 def dry_run(trainer: Trainer, evaluate_one: Callable[[], Any], output: Path | str) -> None:
-    """Time one batch, step, save, load and evaluation in a temporary folder next to `output`; leave no files."""
+    """Time one batch, iteration, save, load and evaluation in a temporary folder next to `output`; leave no files."""
     times, since = {}, time.perf_counter()
 
     def note(name: str) -> None:

@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--micro-batch", type=int, help="images per GPU and forward pass (default: its whole share of the batch)"
     )
-    parser.add_argument("--images", type=int, help="size of the training set (default: that of the recipe)")
+    parser.add_argument("--images", type=int, help="size of the training set (default: the recipe's)")
     parser.add_argument("--epochs", help="number of epochs (default: the recipe's)")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--images-per-second", type=float, help="training speed of one GPU")

@@ -1,4 +1,4 @@
-"""Initial weights for fine-tuning: those of an earlier run or an official release, with a classifier for new classes.
+"""Initial weights for fine-tuning, from an earlier run or an official release, with a classifier for new classes.
 
 The paper fine-tunes the last weights and not the EMA, except for ConvNeXt-L from ImageNet-1K, where it takes the best
 EMA (appendix A.2). It multiplies the new classifier's initial weights by `head_init_scale` = 0.001 (Table 6), so that

@@ -251,7 +251,7 @@ class Trainer:
         return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
 
     def new_row(self) -> dict[str, Any]:
-        """Append a row about the steps since the last one to the history, without evaluation, and return it."""
+        """Append a row about the iterations since the last row to the history, without evaluation, and return it."""
         meter, self.meter = self.meter, Meter()
         self.history.append(
             {
