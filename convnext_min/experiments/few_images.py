@@ -2,8 +2,9 @@
 
 `python -m convnext_min.experiments.few_images --output book/results` compares a linear probe, fine-tuning with and
 without layer-wise decay, and training from scratch, at 5, 20 and 100 images per class. It writes two folders like those
-of `convnext_min.experiments.run`: "few_images_lr" with the runs that choose the learning rates on held-out training
-images, and "few_images" with the results on the validation images. Runs that a folder has are not repeated.
+of `convnext_min.experiments.run`: "few_images_lr" with the runs that choose the learning rates, on held-out training
+images at 20 images per class, and "few_images" with the results on the validation images. Runs that a folder has are
+not repeated.
 """
 
 import argparse
@@ -31,8 +32,9 @@ from convnext_min.train import train
 from convnext_min.train.pretrained import Start
 
 COUNTS = (5, 20, 100)  # images per class
+CHOSEN_AT = 20  # images per class in the runs that choose the learning rates
 MODEL = "convnext_atto"
-ITERATIONS = 150  # optimizer steps of a run, for any number of images
+ITERATIONS = 120  # optimizer steps of a run, for any number of images
 BATCH = 32
 PIXELS = 96
 
@@ -163,29 +165,28 @@ def make(name: str, output: Path, runs: dict[str, list[Run]], *images_and_backbo
     return results.rows
 
 
-def best_values(rows: list[Row]) -> dict[tuple[str, int], float]:
-    """Return the value with the highest top-1 by method and images per class; of equal ones the first."""
+def best_values(rows: list[Row]) -> dict[str, float]:
+    """Return the value with the highest top-1 of each method; of equal ones the first."""
     best = {}
     for row in rows:
-        key = row["method"], int(row["images_per_class"])
-        if key not in best or float(row["top1"]) > float(best[key]["top1"]):
-            best[key] = row
-    return {key: float(row["value"]) for key, row in best.items()}
+        if row["method"] not in best or float(row["top1"]) > float(best[row["method"]]["top1"]):
+            best[row["method"]] = row
+    return {method: float(row["value"]) for method, row in best.items()}
 
 
 def compare(output: Path, seeds: int, root: str | None, backbone: Path) -> list[Row]:
     """Choose each method's value on held-out images, then make the runs with `seeds` seeds, and return their rows."""
     (_, train_set), (_, val_set) = (split_classes(data.imagenette(split, root)) for split in ("train", "val"))
-    cases = [(method, count) for count in COUNTS for method in METHODS]
     tried = {
-        f"{method}, {count}, {value:g}": [Run(method, count, value, 0)]
-        for method, count in cases
-        for value in METHODS[method].values
+        f"{method}, {value:g}": [Run(method, CHOSEN_AT, value, 0)]
+        for method, (values, _) in METHODS.items()
+        for value in values
     }
     best = best_values(make("few_images_lr", output, tried, *data.hold_out(train_set), backbone))
     chosen = {
-        f"{method}, {count}": [Run(method, count, best[method, count], s) for s in range(seeds)]
-        for method, count in cases
+        f"{method}, {count}": [Run(method, count, best[method], seed) for seed in range(seeds)]
+        for count in COUNTS
+        for method in METHODS
     }
     return make("few_images", output, chosen, train_set, val_set, backbone)
 

@@ -226,8 +226,8 @@ EXPERIMENTS = {
     "small_recipe_lr": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=5"), HOLDOUT),
     # `--trials` takes each network at the best rate of small_recipe_lr.
     "small_recipe_by_architecture": _at_lrs(SMALL_RECIPE_STEPS, SMALL_RECIPE_LRS, (*SMALL_RECIPE, "epochs=20")),
-    "isotropic_lr": _isotropic_at_lrs(("epochs=2",), HOLDOUT),
-    "isotropic": _isotropic_at_lrs(("epochs=4",)),  # `--trials` takes each network at the best rate of isotropic_lr
+    "isotropic_lr": _isotropic_at_lrs(("epochs=1",), HOLDOUT),
+    "isotropic": _isotropic_at_lrs(("epochs=3",)),  # `--trials` takes each network at the best rate of isotropic_lr
     "init_and_lr": [
         Trial(f"{step}, {name}", f"road:{step}", "road", changes)
         for step in ("resnet50", "fewer_norms", "layer_norm", "convnext")
