@@ -117,6 +117,23 @@ def test_timed_runs_are_drawn_by_label_and_processor(runs):
     assert [text.get_ha() for text in ax.texts] == ["left", "right", "right"]  # one dot alone has its name on the left
 
 
+def test_the_timed_runs_of_the_book_are_recorded_and_pairs_have_one_processor():
+    for label, run in result_figures.TIMED_RUNS:
+        command = result_figures.command(run)
+        assert command.startswith("python -m convnext_min.train --recipe ") and "--output" not in command
+        assert ("timm" in command) == (label == "timm")
+    for pair in result_figures.TIMED_PAIRS:
+        one, other = (results.values(f"imagenette/{run}/summary.json") for run in pair)
+        assert results.processor(one) == results.processor(other)
+        assert one["recipe"]["minutes"] == other["recipe"]["minutes"]
+
+
+def test_a_log_is_a_table_of_its_epochs():
+    row = {"epoch": 2, "resolution": 64, "images_per_second": 501.2, "lr": 1e-3, "train_loss": 2, "val_loss": 1.5}
+    table = result_figures.log_table([row | {"top1": 0.25, "ema_top1": 0.3}])
+    assert table.rows == (("2", "64", "501", "1.0e-03", "2.00", "1.50", "25.0%", "30.0%"),)
+
+
 def test_a_contest_has_a_row_for_each_implementation(folder):
     speed, one = {"median": 297.5, "low": 288.4, "high": 301.0}, {"median": 1.0, "low": 1.0, "high": 1.0}
     results_ = {

@@ -1,5 +1,6 @@
 """Figures and tables of the committed experiments (book/results), next to the paper's numbers where it has them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
@@ -140,6 +141,37 @@ Row = dict[str, float | None]  # of a run's log; None where nothing was measured
 Runs = Sequence[tuple[str, str]]  # label of a run, and its folder in book/results/imagenette
 
 
+TIMED_RUNS: Runs = (
+    ("for small data", "3min-seed-0"),
+    ("for small data", "3min-seed-1"),
+    ("for small data", "10min-seed-0"),
+    ("for small data", "30min-seed-0"),
+    ("for small data", "3min-seed-2"),
+    ("for small data", "3min-seed-3"),
+    ("for small data", "3min-seed-4"),
+    ("for small data", "10min-seed-1"),
+    ("for small data", "10min-seed-2"),
+    ("for small data", "30min-seed-1"),
+    ("plain", "plain-3min-seed-0"),
+    ("timm", "timm-3min-seed-0"),
+    ("timm", "timm-3min-seed-1"),
+    ("timm", "timm-10min-seed-0"),
+    ("timm", "timm-30min-seed-0"),
+)
+TIMED_PAIRS = (  # runs of the same length on the same processor, which can be compared image by image
+    ("plain-3min-seed-0", "3min-seed-0"),
+    ("timm-3min-seed-0", "3min-seed-0"),
+    ("timm-3min-seed-1", "3min-seed-3"),
+    ("timm-10min-seed-0", "10min-seed-1"),
+    ("timm-30min-seed-0", "30min-seed-1"),
+)
+
+
+def command(run: str) -> str:
+    """Return the command that made a run in book/results/imagenette, without its folders."""
+    return re.sub(r" --(output|data) [^ ]+", "", " ".join(results.values(f"imagenette/{run}/summary.json")["command"]))
+
+
 def _numbers(row: Mapping[str, str]) -> Row:
     return {name: float(value) if value else None for name, value in row.items()}
 
@@ -147,6 +179,18 @@ def _numbers(row: Mapping[str, str]) -> Row:
 def log(run: str) -> list[Row]:
     """Return the log of a run in book/results/imagenette."""
     return [_numbers(row) for row in results.rows(f"imagenette/{run}/log.csv")]
+
+
+def log_table(rows: Sequence[Row]) -> Table:
+    """Return the epochs of a training log: images, speed, learning rate, losses and accuracies."""
+    cells = []
+    for row in rows:
+        losses = (f"{row[name]:.2f}" for name in ("train_loss", "val_loss"))
+        top1 = (f"{row[name]:.1%}" for name in ("top1", "ema_top1"))
+        first = (f"{row['epoch']:g}", f"{row['resolution']:.0f}", f"{row['images_per_second']:.0f}", f"{row['lr']:.1e}")
+        cells.append((*first, *losses, *top1))
+    header = ("epoch", "pixels", "images/s", "learning rate", "training loss", "held-out loss", "top-1", "top-1 (EMA)")
+    return table(header, cells)
 
 
 def curves(experiment: str) -> dict[tuple[str, int], list[Row]]:
