@@ -9,13 +9,15 @@ import nbformat
 import pytest
 import torch
 import torchvision
+from helpers import equal, run_cell
 from torch import nn
 
-from convnext_min import blocks, build, convnext
+from convnext_min import blocks, build, convnext, recipes
 from convnext_min.book import exercises
 from convnext_min.book.exercises import same
 from convnext_min.data import Batches, synthetic_images
 from convnext_min.recipes import Recipe
+from convnext_min.train import RunConfig, create_model, train
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "1[01]_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
@@ -145,6 +147,31 @@ def test_the_solution_of_the_schedule_has_the_papers_values_by_default(capsys):
     assert namespace["learning_rate"](300) == pytest.approx(recipe.min_lr)
 
 
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_the_training_loop_of_chapter_8_trains_as_train_does(amp):
+    chapter = "08_training_on_imagenette"
+    namespace = lifted(chapter)
+    (source,) = [cell.source for cell in nbformat.read(CHAPTERS[chapter], 4).cells if cell.get("id") == "08-loop"]
+    run_cell(source, namespace)
+    settings = ["epochs=3", "batch_size=8", "progressive=((0.5, 32),)", "resolution=48", "eval_resolution=48"]
+    settings += ["depths=(1, 1, 1, 1)", "dims=(8, 8, 16, 16)", "layer_scale_init=0.2", f"amp={amp}"]
+    recipe = recipes.get("imagenette", settings)
+    train_set, val_set = synthetic_images("train", 48, 40), synthetic_images("val", 48, 20)
+    torch.manual_seed(0)
+    model = create_model("convnext_atto", recipe, num_classes=10)
+    batches = Batches(train_set, 8, 48, True, 0, recipe.crop_scale)
+    ema, top1 = namespace["fit"](model, recipe, batches, Batches(val_set, 20, 48, False))
+    trained = []
+    config = RunConfig(device="cpu", accelerate=False)
+    history = train(
+        "convnext_atto", recipe, train_set, val_set, config=config, after_step=lambda trainer: trained.append(trainer)
+    )
+    assert equal(model.state_dict(), trained[-1].model.state_dict())
+    assert equal(ema.state_dict(), history.model.state_dict())
+    assert not equal(model.state_dict(), ema.state_dict())
+    assert amp == "bf16" or top1 == pytest.approx(history.top1)  # `train` evaluates in bfloat16, too
+
+
 def test_the_range_test_takes_one_step_at_each_rate():
     range_test = lifted("08_training_on_imagenette")["range_test"]
     batches = Batches(synthetic_images("train", 32, 20), 10, 32, train=True)
@@ -177,5 +204,5 @@ def test_pictures_are_those_with_the_numbers_and_only_of_the_images_that_were_nu
     fig = namespace["pictures"]([3, 17], sample.labels.numpy())
     assert [ax.get_title() for ax in fig.axes[:2]] == [f"{i}\n{sample.classes[sample.labels[i]]}" for i in (3, 17)]
     assert (fig.axes[1].images[0].get_array() == sample.images[17].permute(1, 2, 0).numpy()).all()
-    with pytest.raises(ValueError, match="not of synthetic images"):
+    with pytest.raises(ValueError, match="not to synthetic images"):
         namespace["pictures"]([3], sample.labels.numpy()[:-1])

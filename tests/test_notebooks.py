@@ -89,11 +89,6 @@ LONG_LINES = {
     "05_large_kernels": 15,
     "06_micro_design": 8,
     "07_convnext": 8,
-    "08_training_on_imagenette": 15,
-    "09_recipe_or_architecture": 4,
-    "10_when_does_convnext_win": 7,
-    "11_imagenet_recipe": 6,
-    "paper_against_code": 5,
 }
 
 
