@@ -12,8 +12,10 @@ from test_convnext import randomize
 
 from convnext_min import convnext, weights
 from convnext_min.convnext import ConvNeXt
+from convnext_min.data import WNIDS
 
 PAGE = (Path(__file__).parents[1] / "book" / "using.md").read_text(encoding="utf-8")
+SEEN = list(WNIDS.values())[:7]  # classes of the small backbone
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -48,6 +50,8 @@ def check(names, small, images):
     """Check what a block of the page has computed, by the names it used."""
     if "probabilities" in names:
         assert names["probabilities"].sum().item() == pytest.approx(1, abs=1e-4)
+    if "answers" in names:
+        assert len(names["answers"]) == 2 and set(names["answers"]) <= set(SEEN)
     if "features" in names:
         assert names["features"].shape == (2, 768)
     if "maps" in names:
@@ -66,7 +70,7 @@ def check(names, small, images):
 
 
 def test_the_page_shows_the_uses_it_names():
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     used = "\n".join(BLOCKS)
     for name in ("convnext_tiny", "backbone", "load", "convert", "save_pretrained", "convnext_min.timm"):
         assert re.search(rf"\b{re.escape(name)}\b", used), name
