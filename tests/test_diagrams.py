@@ -109,8 +109,9 @@ def test_every_step_can_be_drawn_and_saved_the_same_way_twice():
     assert images[0] == images[1]
 
 
-def test_swin_diagram_costs_what_the_block_costs():
-    """Its 1x1 convolutions are the 12 * C^2 of a Transformer block: 4 for attention, 8 for the MLP."""
-    ops = [op for part in diagrams.swin_diagram() for op in part.branch if op.kind == "channel"]
-    assert sum(op.before[0] * op.after[0] for op in ops) == 12 * 96**2
-    assert all(isinstance(part, Residual) and part.shortcut == () for part in diagrams.swin_diagram())
+@pytest.mark.parametrize("diagram, dim", [(diagrams.swin_diagram(), 96), (diagrams.vit_diagram(), 384)])
+def test_diagrams_of_transformer_blocks_cost_what_the_blocks_cost(diagram, dim):
+    """The 1x1 convolutions are the 12 * C^2 of a Transformer block: 4 for attention, 8 for the MLP."""
+    ops = [op for part in diagram for op in part.branch if op.kind == "channel"]
+    assert sum(op.before[0] * op.after[0] for op in ops) == 12 * dim**2
+    assert all(isinstance(part, Residual) and part.shortcut == () for part in diagram)

@@ -299,3 +299,43 @@ def test_fractions_are_drawn_over_the_part_of_the_images(folder):
     assert list(lines["ConvNeXt"].get_xdata()) == [10, 100]
     assert list(lines["ConvNeXt"].get_ydata()) == pytest.approx([50, 60])
     assert list(lines["ConvNeXt, fan-in init"].get_ydata()) == pytest.approx([55, 65])
+
+
+def write_experiment(folder, name, trials, images=IMAGES, **columns):
+    """Write runs.csv and predictions.npz: of `images` images, the runs of a trial get `trials[trial]` right."""
+    labels = np.arange(images) % 3
+    answers, rows = {"labels": labels}, []
+    for trial, counts in trials.items():
+        for seed, right in enumerate(counts):
+            answers[f"{trial}/{seed}"] = np.where(np.arange(images) < right, labels, labels + 1)
+            rows.append({"trial": trial, "seed": seed, "cpu_seconds": 60} | {k: f(trial) for k, f in columns.items()})
+    write_csv(folder / name / "runs.csv", rows)
+    np.savez(folder / name / "predictions.npz", **answers)
+
+
+def test_isotropic_networks_are_compared_at_the_rate_of_each(folder):
+    write_experiment(folder, "isotropic_lr", {"convnext, 0.002": [90], "convnext, 0.001": [80], "vit, 0.001": [70]})
+    (ax,) = result_figures.isotropic_rates().axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines == {"isotropic ConvNeXt": [[0.001, 40], [0.002, 45]], "ViT": [[0.001, 35]]}
+    write_experiment(folder, "isotropic", {"convnext, 0.002": [100, 104], "vit, 0.001": [90]})
+    convnext, vit = result_figures.isotropic_table().rows
+    assert convnext[0] == "isotropic ConvNeXt" and convnext[3:] == ("0.002", "51.0\xa0±\xa01.4", "2", "1.0")
+    assert vit[1:4] == ("0.70", "123", "0.001") and vit[4:6] == ("45.0", "1")
+
+
+def test_few_images_are_shown_by_method_with_a_dot_per_run(folder):
+    trials = {"linear probe, 5": [100, 110], "linear probe, 20": [120], "from scratch, 5": [80]}
+    columns = {
+        "method": lambda trial: trial.rpartition(", ")[0],
+        "images_per_class": lambda trial: trial.rpartition(", ")[2],
+        "value": lambda trial: 0.01,
+    }
+    write_experiment(folder, "few_images", trials, **columns)
+    (ax,) = result_figures.few_images_curves().axes
+    probe = next(line for line in ax.lines if line.get_label() == "linear probe")
+    assert probe.get_xydata().tolist() == [[5, 52.5], [20, 60]]
+    dots = [line.get_xydata().round(6).tolist() for line in ax.lines if line.get_alpha()]
+    assert dots == [[[5, 50], [5, 55]], [[20, 60]], [[5, 40]]]
+    rows = {row[0]: row[1:] for row in result_figures.few_images_table().rows}
+    assert rows["linear probe"] == ("52.5\xa0±\xa03.5 (0.01)", "60.0 (0.01)") and rows["from scratch"][1] == ""

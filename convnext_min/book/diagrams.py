@@ -211,23 +211,30 @@ def swin_diagram() -> Diagram:
 
     Window attention and an MLP, each with a norm in front and a shortcut, on 96 channels of 56×56.
     """
+    return _transformer_block("attention 7×7", 96, 56)
+
+
+def vit_diagram() -> Diagram:
+    """Return the diagram of ViT-S's block (Dosovitskiy et al., 2021): attention over all 14×14 vectors, and an MLP.
+
+    It has 384 channels. The class token, a vector more, is left out.
+    """
+    return _transformer_block("attention 14×14", 384, 14)
+
+
+def _transformer_block(attention: str, dim: int, size: int) -> Diagram:
+    """Return a block of attention and an MLP on `dim` channels of `size`×`size`; `attention` is its box's label."""
 
     def op(label: str, kind: str, before: int, after: int) -> Op:
-        return Op(label, kind, (before, 56, 56), (after, 56, 56))
+        return Op(label, kind, (before, size, size), (after, size, size))
 
-    attention = (
-        op("LN", "norm", 96, 96),
-        op("1×1, 96→288", "channel", 96, 288),
-        op("attention 7×7", "spatial", 288, 96),
-        op("1×1, 96→96", "channel", 96, 96),
-    )
-    mlp = (
-        op("LN", "norm", 96, 96),
-        op("1×1, 96→384", "channel", 96, 384),
-        op("GELU", "act", 384, 384),
-        op("1×1, 384→96", "channel", 384, 96),
-    )
-    return (Residual(attention, ()), Residual(mlp, ()))
+    def linear(before: int, after: int) -> Op:
+        return op(f"1×1, {before}→{after}", "channel", before, after)
+
+    norm = op("LN", "norm", dim, dim)
+    mixing = (norm, linear(dim, 3 * dim), op(attention, "spatial", 3 * dim, dim), linear(dim, dim))
+    mlp = (norm, linear(dim, 4 * dim), op("GELU", "act", 4 * dim, 4 * dim), linear(4 * dim, dim))
+    return (Residual(mixing, ()), Residual(mlp, ()))
 
 
 # From diagrams to a figure

@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
+from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS
+from convnext_min.train import models
 
 ROAD = "convnext_init/road"  # the experiment that the pages show
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
@@ -473,3 +476,107 @@ def times_by_recipe(experiment: str = "convnext_init/recipe_by_architecture") ->
         (name, *(f"{mean(minutes[f'{slug}, {recipe}']):.1f}" for slug in ENDS)) for recipe, name in RECIPE_NAMES.items()
     ]
     return table(("core-minutes per run", *(name for name, _ in ENDS.values())), rows)
+
+
+# Without a pyramid
+
+ISOTROPIC = {"convnext": ("isotropic ConvNeXt", BLUE, "o"), "vit": ("ViT", ORANGE, "D")}
+
+
+def _by_network(experiment: str) -> dict[str, dict[float, analysis.Correct]]:
+    """Return the correctness of the trials of isotropic and isotropic_lr by network and learning rate."""
+    found: dict[str, dict[float, analysis.Correct]] = {}
+    for trial, right in analysis.correct(experiment).items():
+        network, _, lr = trial.partition(", ")
+        found.setdefault(network, {})[float(lr)] = right
+    return found
+
+
+def isotropic_rates() -> Figure:
+    """Plot held-out top-1 of the two small isotropic networks over the learning rate: isotropic_lr."""
+    fig, ax = figure(2.8)
+    rates = set()
+    for network, by_rate in _by_network("isotropic_lr").items():
+        label, color, marker = ISOTROPIC[network]
+        lrs = sorted(by_rate)
+        rates |= by_rate.keys()
+        ax.plot(lrs, [analysis.top1(by_rate[lr]).mean for lr in lrs], color=color, marker=marker, label=label)
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+    ax.minorticks_off()
+    ax.set_xlabel("learning rate for 64 images")
+    ax.set_ylabel("held-out top-1 (%)")
+    ax.legend()
+    return fig
+
+
+def isotropic_table() -> Table:
+    """Show the runs of the two small isotropic networks: size, cost, learning rate, top-1 with its spread, CPU time."""
+    rows, runs = [], results.rows("isotropic/runs.csv")
+    for network, by_rate in _by_network("isotropic").items():
+        with torch.device("meta"):
+            model = models.ISOTROPIC[network](num_classes=10)
+        size = f"{count_parameters(model) / 1e6:.2f}", f"{count_macs(model, 96) / 1e6:.0f}"
+        for lr, right in by_rate.items():
+            times = [float(run["cpu_seconds"]) / 60 for run in runs if run["trial"] == f"{network}, {lr:g}"]
+            cells = analysis.top1(right), len(right), f"{mean(times):.1f}"
+            rows.append((ISOTROPIC[network][0], *size, f"{lr:g}", *cells))
+    return table(
+        ("network", "params (M)", "MMACs at 96 px", "learning rate", "top-1 (%)", "seeds", "core-minutes per run"), rows
+    )
+
+
+# Few images per class
+
+METHODS = {
+    "layer-wise decay": (BLUE, "o"),
+    "fine-tuning": (GREEN, "s"),
+    "linear probe": (PURPLE, "^"),
+    "from scratch": (ORANGE, "D"),
+}
+
+
+def _by_method() -> dict[str, dict[int, analysis.Correct]]:
+    """Return the correctness of few_images by method and images per class."""
+    found: dict[str, dict[int, analysis.Correct]] = {}
+    for trial, right in analysis.correct("few_images").items():
+        method, _, count = trial.rpartition(", ")
+        found.setdefault(method, {})[int(count)] = right
+    return found
+
+
+def few_images_curves() -> Figure:
+    """Plot top-1 on three new classes over the images per class: a line through each method's means, a dot per run."""
+    fig, ax = figure(3.4)
+    found = _by_method()
+    counts = sorted({count for by_count in found.values() for count in by_count})
+    for method, (color, marker) in METHODS.items():
+        by_count = found.get(method, {})
+        means = [analysis.top1(by_count[count]).mean for count in sorted(by_count)]
+        ax.plot(sorted(by_count), means, color=color, marker=marker, label=method)
+        for count, right in by_count.items():
+            ax.plot(np.full(len(right), count), analysis.by_seed(right), marker, color=color, alpha=0.4, markersize=4)
+    ax.axhline(100 / 3, color=GREY, linewidth=0.8, linestyle="--")
+    ax.set_xscale("log")
+    ax.set_xticks(counts, [str(count) for count in counts])
+    ax.minorticks_off()
+    ax.set_xlabel("training images per class")
+    ax.set_ylabel("top-1 on three new classes (%)")
+    ax.legend()
+    return fig
+
+
+def few_images_table() -> Table:
+    """Show top-1 of each method on three new classes, with its spread, and the value chosen on held-out images."""
+    found, runs = _by_method(), results.rows("few_images/runs.csv")
+    values = {(run["method"], int(run["images_per_class"])): float(run["value"]) for run in runs}
+    counts = sorted({count for by_count in found.values() for count in by_count})
+    rows = []
+    for method in METHODS:
+        by_count = found.get(method, {})
+        cells = [
+            f"{analysis.top1(by_count[count])} ({values[method, count]:g})" if count in by_count else ""
+            for count in counts
+        ]
+        rows.append((method, *cells))
+    return table(("top-1 (%), and rate or L2", *(f"{count} per class" for count in counts)), rows)
