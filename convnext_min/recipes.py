@@ -185,7 +185,7 @@ def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def describe(recipe: Recipe, images: int) -> str:
-    """Return length, learning rate and warm-up of a run on `images` training images, in one line."""
+    """Return length, learning rate and warm-up of a run on `images` training images, in two lines."""
     per_epoch = max(1, images // recipe.batch_size)
     if recipe.minutes is None:
         length = f"{recipe.epochs} epochs = {recipe.epochs * per_epoch:,} iterations"
@@ -193,7 +193,7 @@ def describe(recipe: Recipe, images: int) -> str:
     else:
         length, warmup = f"{recipe.minutes:g} minutes", f"{recipe.warmup:.1%} of the time for warm-up"
     lr = f"learning rate {recipe.lr:.3g} ({recipe.base_lr:g} for {recipe.base_batch} images)"
-    return f"{length} of {recipe.batch_size} images, {per_epoch:,} iterations per epoch; {lr}, {warmup}"
+    return f"{length} of {recipe.batch_size} images, {per_epoch:,} iterations per epoch\n{lr}, {warmup}"
 
 
 # The paper's recipes for ImageNet, except the values that depend on the model. Table 5: training from scratch.
