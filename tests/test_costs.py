@@ -49,6 +49,16 @@ def test_milliseconds_take_gradients_only_in_training():
     assert layer.weight.grad is not None
 
 
+def test_macs_of_depthwise_convolutions_grow_with_the_square_of_the_kernel():
+    measured = costs.depthwise_costs((3, 5), repeats=1)
+    small, large = measured["MACs"]
+    assert large / small == pytest.approx(25 / 9)
+    assert 1e9 * small == pytest.approx(9 * 96 * 56**2 * (3 + 3 / 2 + 9 / 4 + 3 / 8))  # 3, 3, 9, 3 blocks
+    left, right = costs.draw_depthwise((3, 5), measured).axes
+    assert [line.get_label() for line in right.lines] == ["forward", "backward", "fast backward"]
+    assert list(left.lines[0].get_ydata()) == measured["MACs"]
+
+
 def test_timed_layers_have_their_macs_and_a_norm_has_none():
     table = costs.time_layers({"conv": nn.Conv2d(8, 16, 1), "norm": nn.BatchNorm2d(8)}, size=10, repeats=1)
     assert [row[:2] for row in table.rows] == [("conv", "0.0"), ("norm", "0.0")]

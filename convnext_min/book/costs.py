@@ -191,14 +191,14 @@ def time_layers(layers: Mapping[str, nn.Module], size: int, repeats: int) -> Tab
     return table((f"layer, at {size}×{size}", "MACs (millions)", "ms per image", "GMACs per second"), rows)
 
 
-def draw_depthwise(kernel_sizes: Sequence[int], repeats: int) -> Figure:
-    """Plot MACs and time of all depthwise convolutions of a ConvNeXt-T-sized network over their kernel size.
+def depthwise_costs(kernel_sizes: Sequence[int], repeats: int) -> dict[str, list[float]]:
+    """Measure all depthwise convolutions of the step "kernel 7", by kernel size: GMACs, and ms per image of 224 px.
 
-    Time is measured for one convolution per stage and multiplied by the stage's blocks: forward, PyTorch's backward,
+    One convolution per stage is timed and multiplied by the stage's blocks: the forward pass, PyTorch's backward pass,
     and the backward pass of `convnext_min.fast`.
     """
     design = STEPS["kernel7"]
-    costs = {"MACs": [], "forward": [], "backward": [], "fast backward": []}
+    costs: dict[str, list[float]] = {"MACs": [], "forward": [], "backward": [], "fast backward": []}
     for kernel_size in kernel_sizes:
         total = dict.fromkeys(costs, 0.0)
         for stage, depth in enumerate(design.depths):
@@ -213,14 +213,16 @@ def draw_depthwise(kernel_sizes: Sequence[int], repeats: int) -> Figure:
             total["fast backward"] += depth * (fast - forward)
         for name, value in total.items():
             costs[name].append(value)
+    return costs
+
+
+def draw_depthwise(kernel_sizes: Sequence[int], costs: Mapping[str, Sequence[float]]) -> Figure:
+    """Plot the result of `depthwise_costs` over the kernel size: MACs, and times on a logarithmic axis."""
     fig, (left, right) = figure(3.2, 2)
     left.plot(kernel_sizes, costs["MACs"], "o-", color=INK)
     left.set(xlabel="kernel size", ylabel="GMACs", ylim=(0, None), title="counted", xticks=kernel_sizes)
-    for name, (line, color) in {
-        "forward": ("o-", BLUE),
-        "backward": ("s-", ORANGE),
-        "fast backward": ("^-", GREEN),
-    }.items():
+    lines = {"forward": ("o-", BLUE), "backward": ("s-", ORANGE), "fast backward": ("^-", GREEN)}
+    for name, (line, color) in lines.items():
         right.plot(kernel_sizes, costs[name], line, color=color, label=name)
     right.set(xlabel="kernel size", ylabel="ms per image", yscale="log", title="timed", xticks=kernel_sizes)
     fig.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
