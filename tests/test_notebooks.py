@@ -85,7 +85,6 @@ LONG_LINES = {
     "01_resnet50_and_the_recipe": 4,
     "02_macro_design": 4,
     "03_resnextify": 11,
-    "04_inverted_bottleneck": 5,
     "05_large_kernels": 15,
     "06_micro_design": 8,
     "07_convnext": 8,
