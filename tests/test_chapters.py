@@ -20,7 +20,7 @@ from convnext_min.recipes import Recipe
 from convnext_min.train import RunConfig, create_model, train
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "1[01]_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
+CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "1[0-3]_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
 
 
 def cells(chapter: str, tag: str | None = None) -> list[str]:

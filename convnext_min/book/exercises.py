@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from convnext_min import blocks
 from convnext_min.convnext import Block, ConvNeXt, LayerNorm
+from convnext_min.formats import FORMATS, OFFICIAL, tensor_names
+from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.measure import count_macs, count_parameters
 from convnext_min.recipes import Recipe
 from convnext_min.roadmap import REGIMES, STEPS, RoadNet, build
@@ -627,3 +629,74 @@ def check_layer_group(answer) -> None:
                 right = group_of(f"stages.{stage}.{block}.gamma", depths)
                 expect(answer(stage, block, depths), right, f"layer_group({stage}, {block}, {depths})", reveal=False)
     solved("12 groups between stem and classifier in the larger models, 6 in ConvNeXt-T")
+
+
+# 12 Pretrained weights and fine-tuning
+
+
+def check_timm_key(answer) -> None:
+    """Check exercise 12.1: timm's name of each tensor of a ConvNeXt, from the official name."""
+    for depths in ((1, 1, 2, 1), (3, 3, 9, 3)):
+        for key, right in zip(tensor_names(OFFICIAL, depths), tensor_names(FORMATS["timm"], depths)):
+            expect(answer(key), right, f"timm_key({key!r})", reveal=False)
+    solved("the same tensors under other names, so a checkpoint of one library is one of the other")
+
+
+def check_kept_classes(answer) -> None:
+    """Check exercise 12.2: a copy of a network whose classifier has only some of the classes, in a given order."""
+    torch.manual_seed(0)
+    model, images = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=7).eval(), torch.randn(2, 3, 32, 32)
+    model.head.weight.data.normal_()
+    model.head.bias.data.normal_()
+    with torch.no_grad():
+        before = model(images)
+        for classes in ([5, 0, 2], [6]):
+            kept = answer(model, classes)
+            if kept is None or kept is model:
+                raise AssertionError("the answer is a new network, and the given one stays as it is")
+            expect(
+                kept(images), before[:, classes], f"the logits of keep_classes(model, {classes})", 1e-5, reveal=False
+            )
+            expect(kept.head.out_features, len(classes), "head.out_features")
+        expect(model(images), before, "the logits of the given network")
+    solved("a classifier for fewer classes of the same task needs no training")
+
+
+def check_grey_stem(answer) -> None:
+    """Check exercise 12.3: a stem's weight for images of one channel, from the weight for three."""
+    weight, grey = torch.randn(8, 3, 4, 4), torch.randn(2, 1, 16, 16)
+    right = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), weight, stride=4)
+    got = answer(weight)
+    expect(None if got is None else tuple(got.shape), (8, 1, 4, 4), "the shape of grey_stem(weight)")
+    expect(nn.functional.conv2d(grey, got, stride=4), right, "the response to a grey image", 1e-5)
+    solved("a grey image gives what its three equal channels gave")
+
+
+# 13 ConvNeXt without a pyramid
+
+
+def check_isotropic_parameters(answer) -> None:
+    """Check exercise 13.1: the parameters of an isotropic ConvNeXt without layer scale."""
+    for depth, dim, patch_size, classes in ((18, 384, 16, 1000), (1, 8, 4, 3), (9, 96, 8, 10)):
+        with torch.device("meta"):
+            model = ConvNeXtIsotropic(depth=depth, dim=dim, patch_size=patch_size, num_classes=classes)
+        asked = f"isotropic_parameters({depth}, {dim}, {patch_size}, {classes})"
+        expect(answer(depth, dim, patch_size, classes), count_parameters(model), asked, reveal=False)
+    solved("down to the last bias")
+
+
+def check_attention_crossover(answer) -> None:
+    """Check exercise 13.2: the image side from which attention's products take more MACs than the linear layers."""
+    for dim, patch_size in ((384, 16), (96, 8), (768, 16), (6, 4)):
+        sides = (side for side in itertools.count(1) if 2 * side**4 * dim > 12 * side**2 * dim**2)
+        right = next(sides) * patch_size
+        expect(answer(dim, patch_size), right, f"attention_crossover({dim}, {patch_size})", reveal=False)
+    solved("more than 6C vectors; at 224 px a ViT is far from it")
+
+
+def check_blocks_to_see_all(answer) -> None:
+    """Check exercise 13.3: the depthwise convolutions until each vector of a grid depends on every other."""
+    for side, kernel_size in ((14, 7), (12, 7), (7, 3), (14, 5), (1, 7)):
+        right = next(n for n in itertools.count() if n * (kernel_size // 2) >= side - 1)
+        expect(answer(side, kernel_size), right, f"blocks_to_see_all({side}, {kernel_size})", reveal=False)
+    solved("the receptive field covers the image early; what is far away still counts less")
