@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from helpers import equal, run_cell
+from timm.models import swin_transformer
 from torch import nn
 
 from convnext_min import blocks, build, convnext, recipes
@@ -20,7 +21,8 @@ from convnext_min.recipes import Recipe
 from convnext_min.train import RunConfig, create_model, train
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-CHAPTERS = {path.stem: path for glob in ("0[1-9]_*.ipynb", "1[0-3]_*.ipynb") for path in sorted(NOTEBOOKS.glob(glob))}
+GLOBS = ("0[1-9]_*.ipynb", "attention_and_swin.ipynb", "1[0-3]_*.ipynb")
+CHAPTERS = {path.stem: path for glob in GLOBS for path in sorted(NOTEBOOKS.glob(glob))}
 
 
 def cells(chapter: str, tag: str | None = None) -> list[str]:
@@ -93,6 +95,19 @@ PACKAGE = {"blocks": blocks, "build": build, "convnext": convnext, "nn": nn, "to
 @pytest.mark.parametrize("chapter, expression, reference, shape", WRITTEN, ids=[f"{w[0][:2]}-{w[1]}" for w in WRITTEN])
 def test_what_a_chapter_writes_is_what_the_package_has(chapter, expression, reference, shape):
     same(eval(expression, lifted(chapter)), eval(reference, dict(PACKAGE)), shape)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_the_swin_block_is_timms(shift):
+    mine = lifted("attention_and_swin")["SwinBlock"](16, heads=2, shift=shift)
+    theirs = swin_transformer.SwinTransformerBlock(16, (14, 14), num_heads=2, shift_size=shift)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        mine.load_state_dict(dict(zip(mine.state_dict(), theirs.state_dict().values())))
+        x = torch.randn(2, 16, 14, 14)
+        right = theirs(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(mine(x), right, rtol=0, atol=1e-5)
 
 
 def test_label_smoothing_is_pytorchs():

@@ -13,7 +13,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torchvision
+from timm.models import swin_transformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_min import blocks
 from convnext_min.convnext import Block, ConvNeXt, LayerNorm
@@ -204,6 +206,57 @@ def check_shift_error(answer) -> None:
                 problem = "no answer yet" if value is None else f"yours is {value}, which is not correct"
                 raise AssertionError(f"{asked}: {problem}")
     solved("the patchify stem follows a shift exactly if the shift is a whole number of patches, and only then")
+
+
+# Attention and the Swin block
+
+
+def check_window_attention_macs(answer) -> None:
+    """Check exercise A.1: MACs of window attention with its linear layers, counted on timm's layer."""
+    for dim, size, window in ((96, 14, 7), (32, 28, 7), (64, 16, 4)):
+        layer = swin_transformer.WindowAttention(dim, num_heads=2, window_size=window)
+        windows = torch.zeros((size // window) ** 2, window**2, dim)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            layer(windows)
+        right = counter.get_total_flops() // 2
+        expect(answer(dim, size, window), right, f"window_attention_macs({dim}, {size}, {window})", reveal=False)
+    solved("more heads have fewer channels each, so the number of heads cancels")
+
+
+def check_window_of(answer) -> None:
+    """Check exercise A.2: the pixels that an output of a Swin block sees, against the gradients of timm's block."""
+    for size, window, shift in ((14, 7, 0), (14, 7, 3), (12, 4, 2)):
+        block = swin_transformer.SwinTransformerBlock(
+            8, (size, size), num_heads=2, window_size=window, shift_size=shift
+        )
+        for row, column in ((0, 0), (2, 7), (5, size - 1), (size - 3, 3), (size - 1, size - 1)):
+            x = torch.rand(1, size, size, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            block(x)[0, row, column].square().sum().backward()
+            influence = x.grad[0].abs().sum(-1)
+            rows, columns = (influence > 1e-12 * influence.max()).nonzero().T
+            top, left = int(rows.min()), int(columns.min())
+            right = (top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1)
+            expect(
+                answer(row, column, size, window, shift),
+                right,
+                f"window_of({row}, {column}, {size}, {window}, {shift})",
+            )
+    solved("a window of the partition, not the pixels around the output")
+
+
+def check_merging_kernel(answer) -> None:
+    """Check exercise A.3: patch merging without its norm as a 2x2 convolution of stride 2, against timm's layer."""
+    generator = torch.Generator().manual_seed(0)
+    for chans in (3, 8):
+        merging = swin_transformer.PatchMerging(chans, norm_layer=nn.Identity)
+        x = torch.randn(2, chans, 6, 10, generator=generator)
+        with torch.no_grad():
+            kernel = answer(merging.reduction.weight)
+            shape = tuple(kernel.shape) if isinstance(kernel, Tensor) else None
+            expect(shape, (2 * chans, chans, 2, 2), "shape of the kernel")
+            right = merging(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            expect(nn.functional.conv2d(x, kernel, stride=2), right, "output of the convolution", 1e-4)
+    solved("patch merging is a LayerNorm over 4C values and a 2×2 convolution of stride 2")
 
 
 # 03 ResNeXt-ify
