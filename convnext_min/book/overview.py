@@ -144,7 +144,8 @@ def network_parts(model: ConvNeXt, resolution: int = 224) -> list[tuple[str, Sha
 def draw_convnext(model: ConvNeXt, resolution: int = 224) -> Figure:
     """Draw a whole ConvNeXt: its parts with the shapes between them and their costs, and some of them in detail.
 
-    The details are the stem, a block of the first stage, and the downsampling layer after it.
+    The details are the stem, a block of the first stage, and the downsampling layer after it. The model may be on the
+    meta device.
     """
     parts = network_parts(model, resolution)
     use_style()
@@ -152,10 +153,14 @@ def draw_convnext(model: ConvNeXt, resolution: int = 224) -> Figure:
     plt.close(fig)
     ax = fig.add_axes((0, 0, 1, 1))
     _, (chans, size, _), *_ = parts[0]
+    layers = {
+        "stem": (model.downsample_layers[0], (3, resolution, resolution)),
+        "block (stage 1)": (model.stages[0][0], (chans, size, size)),
+        "downsampling 1": (model.downsample_layers[1], (chans, size, size)),
+    }
+    # A trace runs on the CPU; the values of the weights do not matter.
     details = {
-        "stem": trace(model.downsample_layers[0], (3, resolution, resolution)),
-        "block (stage 1)": trace(model.stages[0][0], (chans, size, size)),
-        "downsampling 1": trace(model.downsample_layers[1], (chans, size, size)),
+        title: trace(copy.deepcopy(layer).to_empty(device="cpu"), shape) for title, (layer, shape) in layers.items()
     }
     left = _network(ax, 1.45, parts, (3, resolution, resolution))
     pen = Pen(ax, 2.5, details.values())
