@@ -391,7 +391,7 @@ def parse_settings(kind: type[Recipe], settings: Iterable[str]) -> dict[str, Any
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in types:
-            raise ValueError(f"cannot set {setting!r}: it takes key=value, with one of the keys {', '.join(types)}")
+            raise ValueError(f"cannot set {setting!r}: expected key=value with one of the keys {', '.join(types)}")
         changes[key] = text if types[key] is str else _literal(text)
     return changes
 

@@ -35,5 +35,5 @@ def test_settings_change_a_recipe_and_those_of_classifiers_are_refused():
     assert (recipe.epochs, recipe.min_size) == (3, (64, 96))
     with pytest.raises(ValueError, match="mixup is for classification"):
         recipes.get("nuclei", "mask_rcnn", "convnext_atto", ["mixup=0.2"])
-    with pytest.raises(ValueError, match=r"takes key=value, with one of the keys .*anchor_scale"):
+    with pytest.raises(ValueError, match=r"expected key=value with one of the keys .*anchor_scale"):
         recipes.get("nuclei", "mask_rcnn", "convnext_atto", ["anchors=2"])

@@ -254,7 +254,7 @@ def test_the_backbone_starts_from_a_folder_in_half_precision(backbone, source, s
 
 @pytest.mark.parametrize("name", ["yolo:convnext_atto", "mask_rcnn", "fcn:timm:resnet18"])
 def test_other_networks_are_refused(name):
-    with pytest.raises(ValueError, match=r"it is <head>:<backbone> with a head out of mask_rcnn"):
+    with pytest.raises(ValueError, match=r"expected <head>:<backbone> with one of the heads mask_rcnn"):
         create_dense_model(name, recipe("fcn"), 3)
 
 

@@ -42,7 +42,7 @@ def test_the_two_small_isotropic_networks_are_of_one_size():
     assert convnext == pytest.approx(vit, rel=0.05)
     convnext, vit = (count_macs(network, 96) for network in networks)
     assert 0.8 * vit < convnext < vit  # in Table 2, too, the ConvNeXt takes fewer
-    with pytest.raises(ValueError, match=r"unknown model 'isotropic:swin'.*with a name out of convnext, vit,"):
+    with pytest.raises(ValueError, match=r"unknown model 'isotropic:swin'.*with one of the names convnext, vit,"):
         create_model("isotropic:swin", Recipe(), 10)
 
 

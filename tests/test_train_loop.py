@@ -252,7 +252,7 @@ def test_a_run_whose_last_step_blows_up_has_no_result(images, tmp_path):
 
 
 def test_a_network_for_one_size_of_image_says_so(images):
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of 32x32 pixels: .*224"):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot process images of 32x32 pixels: .*224"):
         train("timm:vit_tiny_patch16_224", Recipe(resolution=32, batch_size=8), images, images)
 
 

@@ -28,8 +28,8 @@ def create_dense_model(name: str, recipe: DenseRecipe, num_classes: int, pretrai
     head, _, backbone = name.partition(":")
     if head not in HEADS or not backbone.startswith(BACKBONES):
         raise ValueError(
-            f"unknown network {name!r}; it is <head>:<backbone> with a head out of {', '.join(HEADS)} and a backbone "
-            "convnext_<variant> or road:<step>"
+            f"unknown network {name!r}; expected <head>:<backbone> with one of the heads {', '.join(HEADS)} and a "
+            "backbone convnext_<variant> or road:<step>"
         )
     network = create_model(backbone, recipe, 1)  # its classifier is removed
     if pretrained and Path(pretrained).exists():

@@ -52,7 +52,8 @@ def create_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
     if name not in VARIANTS and library != "road" and library not in LIBRARIES and not small:
         raise ValueError(
             f"unknown model {name!r}; valid: {', '.join(VARIANTS)}, timm:<name>, torchvision:<name>, isotropic:<name> "
-            f"with a name out of {', '.join(ISOTROPIC)}, road:<step> with a step out of {', '.join(roadmap.STEPS)}"
+            f"with one of the names {', '.join(ISOTROPIC)}, road:<step> with one of the steps "
+            f"{', '.join(roadmap.STEPS)}"
         )
     _check_fields(name, ROAD if library == "road" else name, recipe)
     if name in VARIANTS:

@@ -146,7 +146,7 @@ class Trainer:
             with torch.no_grad():
                 outputs = tuple(self.model.eval()(torch.zeros(2, 3, side, side, device=self.device)).shape)
         except (AssertionError, RuntimeError) as error:  # a network for another image size, for example
-            raise ValueError(f"{name} does not take images of {side}x{side} pixels: {error}") from error
+            raise ValueError(f"{name} cannot process images of {side}x{side} pixels: {error}") from error
         if outputs != (2, classes):
             raise ValueError(f"the data has {classes} classes, but for two images {name} returns a tensor {outputs}")
         self.model.train()
