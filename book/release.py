@@ -41,9 +41,14 @@ def build(release: str) -> list[Path]:
     shutil.rmtree(DIST, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "build", "--outdir", DIST, ROOT], check=True)
     shutil.make_archive(str(DIST / f"convnext-book-{release}-html"), "zip", html)
-    for weights in git("ls-files", "*.safetensors"):
-        shutil.copy(ROOT / weights, DIST)
+    copy_weights()
     return sorted(DIST.iterdir())
+
+
+def copy_weights() -> None:
+    """Copy the committed weights into DIST. All are called model.safetensors; a copy has the name of its folder."""
+    for weights in git("ls-files", "*.safetensors"):
+        shutil.copy(ROOT / weights, DIST / f"{Path(weights).parent.name}.safetensors")
 
 
 def write_checksums(files: list[Path]) -> None:

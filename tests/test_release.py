@@ -43,6 +43,18 @@ def test_a_version_without_a_dated_entry_is_refused(release):
         release.check("1.2.4")
 
 
+def test_weights_have_the_names_of_their_networks(release):
+    for name in ("atto", "femto"):
+        (release.ROOT / "weights" / name).mkdir(parents=True)
+        (release.ROOT / "weights" / name / "model.safetensors").write_text(name)
+    release.git("add", "weights")
+    release.copy_weights()
+    assert {path.name: path.read_text() for path in release.DIST.iterdir()} == {
+        "atto.safetensors": "atto",
+        "femto.safetensors": "femto",
+    }
+
+
 def test_checksums_are_in_the_format_of_sha256sum(release):
     (release.DIST / "wheel").write_bytes(b"content")
     release.write_checksums([release.DIST / "wheel"])
