@@ -17,6 +17,8 @@ from convnext_min import blocks, build, convnext, recipes
 from convnext_min.book import exercises
 from convnext_min.book.exercises import same
 from convnext_min.data import Batches, synthetic_images
+from convnext_min.experiments import few_images
+from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.recipes import Recipe
 from convnext_min.train import RunConfig, create_model, train
 
@@ -88,8 +90,16 @@ WRITTEN = [
     ("07_convnext", "DropPath(0.3)", "convnext.DropPath(0.3)", (32, 3, 4, 4)),
     ("07_convnext", "Block(8, 0.3)", "convnext.Block(8, 0.3)", (4, 8, 14, 14)),
     ("07_convnext", "ConvNeXt()", "convnext.ConvNeXt()", (2, 3, 32, 32)),
+    ("13_isotropic", "Isotropic(2, 8, 4, 5)", "ConvNeXtIsotropic(3, 5, 2, 8, 4)", (2, 3, 16, 16)),
 ]
-PACKAGE = {"blocks": blocks, "build": build, "convnext": convnext, "nn": nn, "torchvision": torchvision}
+PACKAGE = {
+    "ConvNeXtIsotropic": ConvNeXtIsotropic,
+    "blocks": blocks,
+    "build": build,
+    "convnext": convnext,
+    "nn": nn,
+    "torchvision": torchvision,
+}
 
 
 @pytest.mark.parametrize("chapter, expression, reference, shape", WRITTEN, ids=[f"{w[0][:2]}-{w[1]}" for w in WRITTEN])
@@ -221,3 +231,13 @@ def test_pictures_are_those_with_the_numbers_and_only_of_the_images_that_were_nu
     assert (fig.axes[1].images[0].get_array() == sample.images[17].permute(1, 2, 0).numpy()).all()
     with pytest.raises(ValueError, match="not to synthetic images"):
         namespace["pictures"]([3], sample.labels.numpy()[:-1])
+
+
+def test_the_linear_probe_of_the_chapter_is_that_of_the_experiment(images):
+    namespace = lifted("12_pretrained_and_fine_tuning")
+    model = convnext.convnext_atto(num_classes=7)
+    x = namespace["features"](model, images)
+    torch.testing.assert_close(few_images.features(model.eval(), images), x)
+    ours = few_images.linear_probe(x, images.labels, 10, 0.01)
+    theirs = namespace["linear_probe"](x, images.labels, 10, 0.01)
+    torch.testing.assert_close(theirs.weight, ours.weight)
