@@ -5,7 +5,7 @@ import torch
 from matplotlib.colors import to_rgba
 from torch import nn
 
-from convnext_min import build, paper
+from convnext_min import STEPS, build, paper
 from convnext_min.book import figures, recipe_figures, roofline, style
 from convnext_min.data import synthetic_images
 
@@ -127,3 +127,22 @@ def test_the_fastest_call_is_the_shortest_one():
 def test_the_limits_of_the_machine_are_rates():
     peak, bandwidth = roofline.machine_limits(0.001, 64)
     assert 1e7 < peak < 1e15 and 1e7 < bandwidth < 1e15
+
+
+def test_the_gains_of_recipe_and_architecture_are_differences_of_the_papers_rows():
+    ax = recipe_figures.recipe_gain().axes[0]
+    texts = [text.get_text() for text in ax.texts]
+    assert {"recipe: +2.69", "architecture: +3.15", "76.13", "78.82", "81.97"} <= {*texts}
+    assert len(ax.get_yticks()) == 3
+
+
+def test_the_fields_of_a_design_are_named():
+    rows = dict(figures.design_table("ResNet-50", STEPS["resnet50"]).rows)
+    assert rows["depths"] == "(3, 4, 6, 3)" and rows["act"] == "ReLU" and rows["block"] == "Bottleneck"
+
+
+def test_losses_are_running_means_of_ten_beside_the_loss_of_guessing():
+    ax = recipe_figures.residual_losses({"8 convolutions, plain": [1.0] * 5 + [2.0] * 15}).axes[0]
+    curve, guessing = ax.lines
+    assert (curve.get_xdata()[0], curve.get_ydata()[0], curve.get_ydata()[-1]) == (10, 1.5, 2.0)
+    assert guessing.get_ydata()[0] == pytest.approx(2.303, abs=1e-3) and curve.get_linestyle() == ":"
