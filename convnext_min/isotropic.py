@@ -15,7 +15,7 @@ from convnext_min.convnext import Block, ConvNeXt
 class ConvNeXtIsotropic(nn.Module):
     """Isotropic ConvNeXt: images (N, in_chans, H, W), H and W at least `patch_size`, to logits (N, num_classes).
 
-    `depth` and `dim` are the number of blocks and their channels; the other arguments are those of `ConvNeXt`. Layer
+    `depth` and `dim` are the number of blocks and their channels; the other arguments are as in `ConvNeXt`. Layer
     scale is off by default, as in the paper for S and B (appendix A.1). Raises ValueError for sizes below 1.
     """
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # ---- The official release
 
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/convnext/"
-PRETRAINED = {  # files by model and tag: what it was trained on, then the resolution if it is not 224
+PRETRAINED = {  # files by model and tag: the training data, then the resolution if it is not 224
     "convnext_tiny": {
         "in1k": "convnext_tiny_1k_224_ema.pth",
         "in22k": "convnext_tiny_22k_224.pth",
@@ -371,7 +371,7 @@ def read_labels(folder: Path | str) -> list[str]:
     return [names[str(i)] for i in range(len(names))]
 
 
-# ---- The variants; their arguments are those of `create`
+# ---- The variants, with the arguments of `create`
 
 
 def convnext_atto(pretrained: Any = None, **options) -> ConvNeXt:

@@ -138,7 +138,7 @@ def _paths(graph: fx.GraphModule) -> tuple[list[list[tuple[Op, ...]]], tuple[Op,
 
 
 def _channels_last(graph: fx.GraphModule) -> set[fx.Node]:
-    """Return the tensors of shape (N, H, W, C), those between a permutation and the one that undoes it."""
+    """Return the tensors of shape (N, H, W, C): all between a permutation and its inverse."""
     found = set()
     for node in graph.graph.nodes:
         if node.target == "permute":

@@ -100,7 +100,7 @@ def _slab(ax: Axes, x: float, y: float, marked: Tensor, color: str) -> None:
 def draw_reach(window: int = 7) -> Figure:
     """Draw the pixels that two outputs of window attention and of a depthwise convolution see, darker for more weight.
 
-    The weights are made up: those of attention differ between the two outputs, the kernel is the same at both.
+    The weights are invented: attention has different ones for each output, the convolution one kernel for all.
     """
     size, outputs = 2 * window, ((3, 5), (10, 8))
     generator = torch.Generator().manual_seed(3)

@@ -30,8 +30,8 @@ def fastest(call: Callable, *inputs: Tensor, seconds: float) -> float:
 def machine_limits(seconds: float, edge: int) -> tuple[float, float]:
     """Return the highest rates of this machine that we find: MACs per second, and bytes per second read and written.
 
-    The MACs are those of a matrix product with `edge` rows and columns, or of a dense 3×3 convolution, whichever is
-    faster; the bytes those of a copy that is larger than the caches. Each is timed for `seconds`.
+    MACs are measured on a matrix product with `edge` rows and columns and on a dense 3×3 convolution, of which the
+    faster counts; bytes on a copy that is larger than the caches. Each is timed for `seconds`.
     """
     a, b = torch.randn(2, edge, edge)
     chans = edge // 2

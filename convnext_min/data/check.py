@@ -43,8 +43,8 @@ class DecodeCheck(Dataset):
 def check(root: Path | str, workers: int = 2, quick: bool = False) -> list[str]:
     """Return the problems of a folder with train/<class>/ and val/<class>/, one line each.
 
-    Both splits must have the same classes, each with images. If these are ImageNet-1K's, the numbers of classes and
-    images must be those of ImageNet-1K. Files that a loader leaves out are counted. Unless `quick`, `workers` processes
+    Both splits must have the same classes, each with images. If these are ImageNet-1K's, no class and no
+    image of it may be missing. Files that a loader leaves out are counted. Unless `quick`, `workers` processes
     decode every image, and copies are counted: images that appear twice, and training images in val/.
     """
     problems, folders = [], {}

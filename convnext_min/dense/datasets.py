@@ -50,7 +50,7 @@ class Example(NamedTuple):
 
 
 class DenseDataset(Dataset):
-    """Images with annotations, read as they are asked for: item i is (image uint8 (3, H, W), target).
+    """Images with annotations, read on demand: item i is (image uint8 (3, H, W), target).
 
     With `instances` the target has boxes (n, 4) as x0, y0, x1, y1, labels (n,) from 1 on, masks (n, H, W) and iscrowd
     (n,); else labels (H, W), where `IGNORED` belongs to no class. `read` gives both for an example; `transform`, if
