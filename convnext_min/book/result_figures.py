@@ -580,3 +580,29 @@ def few_images_table() -> Table:
         ]
         rows.append((method, *cells))
     return table(("top-1 (%), and rate or L2", *(f"{count} per class" for count in counts)), rows)
+
+
+def few_images_gains(base: str = "fine-tuning") -> Table:
+    """Show the difference of each method's top-1 to that of `base`, in points, with 95% intervals.
+
+    The scatter between seeds is pooled over the methods at each number of images; fewer images scatter more.
+    """
+    found = _by_method()
+    counts = sorted(found[base])
+    others = [method for method in METHODS if method in found and method != base]
+    pooled = {
+        count: analysis.scatter({method: of[count] for method, of in found.items() if count in of}) for count in counts
+    }
+    rows = [
+        (
+            method,
+            *(
+                analysis.difference(found[base][count], found[method][count], pooled[count], len(others))
+                if count in found[method]
+                else ""
+                for count in counts
+            ),
+        )
+        for method in others
+    ]
+    return table((f"points over {base}", *(f"{count} per class" for count in counts)), rows)
