@@ -37,11 +37,11 @@ def test_the_papers_recipe_builds_its_isotropic_models(size, drop_path):
 
 def test_the_two_small_isotropic_networks_are_of_one_size():
     networks = [create_model(f"isotropic:{name}", Recipe(drop_path=0.1), 10) for name in ("convnext", "vit")]
-    assert all(network(torch.zeros(2, 3, 96, 96)).shape == (2, 10) for network in networks)
+    assert all(network(torch.zeros(2, 3, 64, 64)).shape == (2, 10) for network in networks)
     convnext, vit = map(count_parameters, networks)
-    assert convnext == pytest.approx(vit, rel=0.05)
-    convnext, vit = (count_macs(network, 96) for network in networks)
-    assert 0.8 * vit < convnext < vit  # in Table 2, too, the ConvNeXt takes fewer
+    assert convnext == pytest.approx(vit, rel=0.06)
+    convnext, vit = (count_macs(network, 64) for network in networks)
+    assert 0.9 * vit < convnext < vit  # in Table 2, too, the ConvNeXt takes fewer
     with pytest.raises(ValueError, match=r"unknown model 'isotropic:swin'.*with one of the names convnext, vit,"):
         create_model("isotropic:swin", Recipe(), 10)
 

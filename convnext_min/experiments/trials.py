@@ -144,7 +144,7 @@ ISOTROPIC_LRS = (1e-3, 2e-3, 4e-3)
 
 def _isotropic_at_lrs(settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
     """Return a trial for each of the two networks and each learning rate."""
-    plain = ("init=paper", "width_multiplier=1.0", *settings)
+    plain = ("init=paper", "width_multiplier=1.0", "resolution=64", "eval_resolution=64", *settings)
     return [
         Trial(f"{name}, {lr:g}", f"isotropic:{name}", "road", (*plain, f"base_lr={lr}"), arguments)
         for name in ISOTROPIC

@@ -28,11 +28,11 @@ FIELDS = {
     "init": (*VARIANTS, ROAD),
     "width_multiplier": (ROAD,),
 }
-# Chapter 13: at one resolution and one width throughout, 12x12 vectors of 96 channels for an image of 96x96. Half the
+# Chapter 13: at one resolution and one width throughout, 8x8 vectors of 96 channels for an image of 64x64. Half the
 # depth and a quarter of the width of the paper's isotropic ConvNeXt-S and ViT-S, and like these of one size: 0.7M.
 ISOTROPIC = {
     "convnext": partial(ConvNeXtIsotropic, depth=9, dim=96, patch_size=8),
-    "vit": partial(VisionTransformer, img_size=96, patch_size=8, depth=6, embed_dim=96, num_heads=3),
+    "vit": partial(VisionTransformer, img_size=64, patch_size=8, depth=6, embed_dim=96, num_heads=3),
 }
 # The function that creates a network of a library, and its argument for the rate of stochastic depth.
 LIBRARIES = {
