@@ -326,7 +326,7 @@ class Pen:
         self.ax, self.lanes = ax, 2 if any(part.shortcut for part in parts) else 1
         self.least, self.most = min(chans), max(chans)
         self.pitch = min(pitch, 2.6) if self.lanes == 1 else pitch
-        self.font = 9 if self.lanes == 2 else 10 if pitch >= 2 else 7.5
+        self.font = 9 if self.lanes == 2 else 11.5 if pitch >= 3 else 10 if pitch >= 2 else 7.5
 
     def draw(self, center: float, title: str, diagram: Diagram, edges: Sequence[str], top: float = 0.0) -> float:
         residual = any(part.shortcut is not None for part in diagram)

@@ -164,7 +164,7 @@ def draw_convnext(model: ConvNeXt, resolution: int = 224) -> Figure:
     }
     left = _network(ax, 1.45, parts, (3, resolution, resolution))
     pen = Pen(ax, 2.5, details.values())
-    pen.font, right = FONT, 0.0
+    pen.font, right = FONT + 1, 0.0
     for title, diagram in details.items():
         right = pen.draw(4.5, title, diagram, ["same"] * len(labels_of(diagram)), top=right) + 0.25
     height = max(left, right) + 0.1
