@@ -5,16 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BOOK := _build/html/index.html
+PDF := _build/convnext-book.pdf
 
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(PYTHON)
 
-.PHONY: help install train book test test-lowest notebooks heads results figures address version release clean
+.PHONY: help install train book pdf test test-lowest notebooks heads results figures address version release clean
 
 help:
 	@echo "make book         render the book into $(BOOK)"
+	@echo "make pdf          print the whole book to $(PDF), where Chromium or Chrome is installed"
 	@echo "make train        train a small ConvNeXt for three minutes and show what it learned"
 	@echo "make test         check style, unit tests, notebooks, the book and its pages"
 	@echo "make test-lowest  run the unit tests with the oldest supported versions, in $(LOWEST)"
@@ -45,13 +47,17 @@ book: $(INSTALLED)
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is in $(BOOK)"
 
+pdf: $(INSTALLED)
+	$(BIN)/jupyter-book build . --builder singlehtml
+	$(BIN)/python book/pdf.py
+
 test: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/test_book.py
 	CONVNEXT_MIN_BUDGET=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=600 notebooks
 	$(MAKE) book
-	$(BIN)/python -m pytest -q tests/test_book.py
+	$(BIN)/python -m pytest -q -n 2 tests/test_book.py
 
 test-lowest: $(LOWEST)/installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 --ignore=tests/test_book.py

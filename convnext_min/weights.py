@@ -1,4 +1,4 @@
-"""Pretrained weights: read the checkpoints of four libraries, convert between them, download the official ones.
+"""Pretrained weights: read the checkpoints of four libraries, convert between them, download the official ones::
 
     model = convnext_tiny(pretrained="in22k_in1k")  # the official release
     model = load("pytorch_model.bin")  # a ConvNeXt of any of the four libraries; its sizes come from the file

@@ -1,7 +1,8 @@
-"""Checks of the built pages, _build/html: run `make book` first."""
+"""Checks of the built pages, _build/html: run `make book` first. Some need an installed Chromium or Chrome."""
 
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,6 +17,13 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PAGES = sorted(path for path in HTML.rglob("*.html") if "_static" not in path.parts)
 LOADED_LINKS = {"stylesheet", "preload", "modulepreload", "icon", "preconnect", "dns-prefetch", "manifest"}
 REMOTE = re.compile(r"^(https?:)?//")
+
+
+WRITTEN = [path for path in PAGES if "_modules" not in path.parts and path != HTML / "index.html"]
+CHAPTERS = [path for path in WRITTEN if path.parent.name == "notebooks"]
+sys.path.append(str(ROOT / "book"))
+
+from browser import NAMES, Browser, find_chromium  # noqa: E402
 
 
 @cache
@@ -131,3 +139,72 @@ def test_the_architecture_page_lists_every_file_with_a_sentence():
     for path in (ROOT / "convnext_min").rglob("*.py"):
         if not path.stem.startswith("__"):
             assert any(re.match(rf"{re.escape(path.name)} ?: ?\S+ \S+", line) for line in lines), path.name
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = find_chromium()
+    if program is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is installed")
+    with Browser(program, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("page", WRITTEN, ids=name)
+def test_a_page_fits_its_window_and_works_without_a_network(browser, page, width):
+    browser.open(page.as_uri(), width)
+    assert browser.sideways() == []
+    assert browser.remote_requests() == []
+    assert browser.errors() == []
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name)
+def test_a_page_is_accessible(browser, page):
+    browser.open(page.as_uri(), 1280)
+    assert browser.violations() == []
+
+
+@pytest.mark.parametrize("page", CHAPTERS, ids=name)
+def test_80_characters_of_code_fit_the_column(browser, page):
+    browser.open(page.as_uri(), 1280)
+    browser.evaluate("document.querySelectorAll('article details').forEach(fold => fold.open = true)")
+    cut = """[...document.querySelectorAll("article .cell_input pre")].filter(pre => pre.scrollWidth > pre.clientWidth)
+        .map(pre => pre.textContent).filter(text => text.split("\\n").every(line => line.length <= 80))"""
+    assert browser.evaluate(cut) == []
+
+
+@pytest.mark.parametrize("page", CHAPTERS, ids=name)
+def test_nothing_is_cut_on_paper(browser, page):
+    browser.open(page.as_uri(), 680)
+    browser.evaluate("dispatchEvent(new Event('beforeprint')), 0")
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    boxes = "pre, figure, .text_html, .pst-scrollable-table-container"
+    scrolling = f"""[...document.querySelectorAll("article :is({boxes})")]
+        .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.outerHTML.slice(0, 200))"""
+    assert browser.evaluate(scrolling) == []
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_printing_from_dark_mode_is_light_and_opens_solutions(browser):
+    state = """[document.documentElement.dataset.theme, getComputedStyle(document.body).backgroundColor,
+        document.querySelectorAll(".tag_solution details:not([open])").length]"""
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    browser.open((HTML / "notebooks" / "01_resnet50_and_the_recipe.html").as_uri(), 1280)
+    before = browser.evaluate(state)
+    browser.evaluate("dispatchEvent(new Event('beforeprint')), 0")
+    assert browser.evaluate(state) == ["light", "rgb(255, 255, 255)", 0]
+    browser.evaluate("dispatchEvent(new Event('afterprint')), 0")
+    assert browser.evaluate(state) == before and before[0] == "dark" and before[2] > 0
+    browser.call("Emulation.setEmulatedMedia", features=[])
+
+
+def test_a_browser_finds_what_is_wrong_with_a_page(browser, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("""<html><body><article><p style="width: 2000px">wide</p><img src="http://127.0.0.1:9/a.png">
+        <script>undefined.value</script></article></body></html>""")
+    browser.open(page.as_uri(), 1280)
+    assert any("wide" in element for element in browser.sideways())
+    assert browser.remote_requests() == ["http://127.0.0.1:9/a.png"]
+    assert any("TypeError" in message for message in browser.errors())
+    assert {"image-alt", "html-has-lang"} <= {rule for rule, _ in browser.violations()}
