@@ -18,7 +18,7 @@ def photo(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
 def test_differences_are_the_fields_that_differ():
     slower = recipes.get("imagenette", ["base_lr=1e-3", "epochs=7"])
     table = recipe_figures.differences({"plain": recipes.get("imagenette"), "slower": slower})
-    assert table.header == ("", "plain", "slower")
+    assert table.header == ("field", "plain", "slower")
     assert table.rows == (("epochs", "5", "7"), ("base_lr", "0.002", "0.001"))
 
 

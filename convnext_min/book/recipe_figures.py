@@ -27,7 +27,7 @@ def differences(named: Mapping[str, Recipe]) -> Table:
 
     values = {name: asdict(recipe) for name, recipe in named.items()}
     fields = [field for field in next(iter(values.values())) if len({str(v[field]) for v in values.values()}) > 1]
-    return table(("", *named), [(field, *(shown(v[field]) for v in values.values())) for field in fields])
+    return table(("field", *named), [(field, *(shown(v[field]) for v in values.values())) for field in fields])
 
 
 def colours(x: Tensor) -> Tensor:
