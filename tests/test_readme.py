@@ -99,6 +99,13 @@ def test_the_readme_has_the_tree_of_the_package():
     assert named == package - {"__init__.py"}
 
 
+def test_the_table_of_how_to_read_has_every_chapter_of_the_book():
+    table = (ROOT / "book" / "how_to_read.md").read_text(encoding="utf-8").partition("| chapter | needs |")[2]
+    listed = re.findall(r"</(notebooks/\w+)>", table.partition("\n\n")[0])
+    toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
+    assert sorted(listed) == sorted(re.findall(r"file: (notebooks/\w+)", toc))
+
+
 def test_every_chapter_has_links_to_its_page_and_to_colab():
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     pages, repository = config["html"]["baseurl"], config["repository"]
