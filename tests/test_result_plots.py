@@ -153,6 +153,19 @@ def test_a_contest_has_a_row_for_each_implementation(folder):
     )
 
 
+def test_the_profile_of_an_iteration_ends_with_the_goal(folder):
+    (folder / "speed").mkdir()
+    contest = {"convnext_min": {"ratio": {"median": 1}}, "a": {"ratio": {"median": 1.5}}, "b": {"ratio": {"median": 2}}}
+    (folder / "speed" / "race.json").write_text(json.dumps({"results": contest}))
+    part = {"setting": "A", "network": "n", "contest": "speed/race.json", "milliseconds": {"products": 60, "rest": 40}}
+    tried = {"change": "c", "network": "n", "before": 10.2, "after": 9.6, "kept": False}
+    (folder / "speed" / "tried.json").write_text(json.dumps({"parts": [part], "tried": [tried]}))
+    rows = dict(result_figures.iteration_profile().rows)
+    assert rows["products"] == "60 (60%)" and rows["all together"] == "100"
+    assert rows["at three times the speed of the fastest other"] == "50"  # 100 ms are 1.5 times as fast
+    assert result_figures.tried_changes().rows == (("c", "n", "10", "10", "left out"),)
+
+
 def test_curves_of_trials_and_their_averages(folder):
     rows = [
         {"trial": trial, "seed": 0, "epoch": 1, "step": 10, "train_loss": 2, "top1": 0.5, "ema_top1": averaged}

@@ -341,6 +341,39 @@ def benchmark_table(*names: str) -> Table:
     return table(("model", "implementation", "images/s", "ours / theirs", "its fastest setting"), rows)
 
 
+def tried_changes() -> Table:
+    """Return the changes to `convnext_min.fast` that were tried: milliseconds per iteration before and after."""
+    rows = [
+        (
+            tried["change"],
+            tried["network"],
+            f"{tried['before']:.0f}",
+            f"{tried['after']:.0f}",
+            "kept" if tried["kept"] else "left out",
+        )
+        for tried in results.values("speed/tried.json")["tried"]
+    ]
+    return table(("change", "network", "before", "after", "outcome"), rows)
+
+
+def iteration_profile() -> Table:
+    """Return the milliseconds of the parts of an iteration, of all together, and at three times the others' speed."""
+    profiles = results.values("speed/tried.json")["parts"]
+    rows = {name: [] for name in profiles[0]["milliseconds"]}
+    totals, goals = [], []
+    for profile in profiles:
+        whole = sum(profile["milliseconds"].values())
+        for name, milliseconds in profile["milliseconds"].items():
+            rows[name].append(f"{milliseconds} ({milliseconds / whole:.0%})")
+        outcomes = results.values(profile["contest"])["results"]
+        ratios = [outcome["ratio"]["median"] for name, outcome in outcomes.items() if name != "convnext_min"]
+        totals.append(whole)
+        goals.append(f"{whole * min(ratios) / 3:.0f}")
+    rows |= {"all together": totals, "at three times the speed of the fastest other": goals}
+    header = (profiles[0]["network"], *(f"{profile['setting']} (ms)" for profile in profiles))
+    return table(header, [(name, *cells) for name, cells in rows.items()])
+
+
 def confusions(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draw a confusion matrix: true classes in rows, predictions in columns; `labels` and `answers` are (images,)."""
     counts = np.zeros((len(classes), len(classes)), int)
