@@ -13,17 +13,18 @@ from helpers import equal, run_cell
 from timm.models import swin_transformer
 from torch import nn
 
-from convnext_min import blocks, build, convnext, recipes
-from convnext_min.book import exercises
+from convnext_min import blocks, build, convnext, convnext_atto, recipes
+from convnext_min.book import dense_exercises, exercises
 from convnext_min.book.exercises import same
 from convnext_min.data import Batches, synthetic_images
+from convnext_min.dense.features import ConvNeXtFeatures, with_fpn
 from convnext_min.experiments import few_images
 from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.recipes import Recipe
 from convnext_min.train import RunConfig, create_model, train
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-GLOBS = ("0[1-9]_*.ipynb", "attention_and_swin.ipynb", "1[0-3]_*.ipynb")
+GLOBS = ("0[1-9]_*.ipynb", "attention_and_swin.ipynb", "1[0-5]_*.ipynb")
 CHAPTERS = {path.stem: path for glob in GLOBS for path in sorted(NOTEBOOKS.glob(glob))}
 
 
@@ -91,9 +92,18 @@ WRITTEN = [
     ("07_convnext", "Block(8, 0.3)", "convnext.Block(8, 0.3)", (4, 8, 14, 14)),
     ("07_convnext", "ConvNeXt()", "convnext.ConvNeXt()", (2, 3, 32, 32)),
     ("13_isotropic", "Isotropic(2, 8, 4, 5)", "ConvNeXtIsotropic(3, 5, 2, 8, 4)", (2, 3, 16, 16)),
+    (
+        "14_detection",
+        "nn.Sequential(Levels(convnext_atto()), Pyramid([40, 80, 160, 320], 16))",
+        "with_fpn(ConvNeXtFeatures(convnext_atto()), 16)",
+        (1, 3, 64, 64),
+    ),
 ]
 PACKAGE = {
+    "ConvNeXtFeatures": ConvNeXtFeatures,
     "ConvNeXtIsotropic": ConvNeXtIsotropic,
+    "convnext_atto": convnext_atto,
+    "with_fpn": with_fpn,
     "blocks": blocks,
     "build": build,
     "convnext": convnext,
@@ -159,7 +169,10 @@ def test_checks_accept_the_solutions(chapter, namespace, capsys):
 
 
 def test_every_check_belongs_to_an_exercise():
-    checks = {name for name, _ in inspect.getmembers(exercises, inspect.isfunction) if name.startswith("check_")}
+    names = (
+        name for module in (exercises, dense_exercises) for name, _ in inspect.getmembers(module, inspect.isfunction)
+    )
+    checks = {name for name in names if name.startswith("check_")}
     stubs = "\n".join(stub for chapter in CHAPTERS for stub in cells(chapter, "exercise"))
     assert [name for name in sorted(checks) if name not in stubs] == []
 

@@ -252,6 +252,15 @@ def test_the_backbone_starts_from_a_folder_in_half_precision(backbone, source, s
     assert len(kept) > 100 and all(torch.equal(mine[key], expected[key]) for key in kept)
 
 
+def test_missing_weights_are_named(tmp_path):
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"no weights '.*missing' of convnext_atto"):
+        create_dense_model("fcn:convnext_atto", recipe("fcn", depths="None", dims="None"), 3, missing)
+    road = recipes.get("shapes", "fcn", "road:resnet50", ["width_multiplier=0.125"])
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*missing"):
+        create_dense_model("fcn:road:resnet50", road, 3, missing)
+
+
 @pytest.mark.parametrize("name", ["yolo:convnext_atto", "mask_rcnn", "fcn:timm:resnet18"])
 def test_other_networks_are_refused(name):
     with pytest.raises(ValueError, match=r"expected <head>:<backbone> with one of the heads mask_rcnn"):

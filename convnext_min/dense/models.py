@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from convnext_min.convnext import ConvNeXt
 from convnext_min.dense.cascade import cascade_mask_rcnn
 from convnext_min.dense.features import ConvNeXtFeatures
 from convnext_min.dense.mask_rcnn import mask_rcnn
@@ -23,7 +24,8 @@ def create_dense_model(name: str, recipe: DenseRecipe, num_classes: int, pretrai
     """Return the network called `name`, "<head>:<backbone>", such as "upernet:convnext_tiny" or "fcn:road:resnet50".
 
     The head is one of `HEADS`, the backbone convnext_<variant> or road:<step>. `pretrained` has the backbone's weights:
-    a run's checkpoint, or a tag of the official release such as in22k. Raises ValueError for other names and weights.
+    a run's checkpoint, a folder in Hugging Face's layout, or, for a ConvNeXt, a tag of the official release as in22k.
+    Raises ValueError for other names and weights, FileNotFoundError for a missing file.
     """
     head, _, backbone = name.partition(":")
     if head not in HEADS or not backbone.startswith(BACKBONES):
@@ -32,7 +34,7 @@ def create_dense_model(name: str, recipe: DenseRecipe, num_classes: int, pretrai
             "backbone convnext_<variant> or road:<step>"
         )
     network = create_model(backbone, recipe, 1)  # its classifier is removed
-    if pretrained and Path(pretrained).exists():
+    if pretrained and (Path(pretrained).exists() or not isinstance(network, ConvNeXt)):
         load_start(network, Start(pretrained), ())
     elif pretrained:
         load_pretrained(network, pretrained)

@@ -96,6 +96,9 @@ _ADE20K = replace(
     test_scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
     test_flip=True,
 )
+# The learning rates for nuclei and CamVid are rough. Four rates, 2.5e-4 to 2e-3 for Mask R-CNN and 5e-4 to 4e-3 for
+# UperNet, had one run of a minute each on four fifths of the training images, from the pretrained convnext_atto, and
+# were compared on others of these images. The second highest is taken: the highest was better by at most 3 points.
 _SMALL = replace(_PAPER, batch_size=4, base_batch=4, base_lr=5e-4, warmup=0.05, drop_path=0.1)
 RECIPES = {
     "coco": _COCO,
@@ -110,9 +113,17 @@ RECIPES = {
         hidden=256,
         anchor_scale=2.0,
         rois=128,
+        base_lr=1e-3,
     ),
     "camvid": replace(
-        _SMALL, epochs=20, batch_size=8, base_batch=8, min_size=(135, 180, 225, 270, 180), crop=160, channels=96
+        _SMALL,
+        epochs=20,
+        batch_size=8,
+        base_batch=8,
+        min_size=(135, 180, 225, 270, 180),
+        crop=160,
+        channels=96,
+        base_lr=2e-3,
     ),
     "shapes": replace(
         _SMALL, epochs=10, min_size=(96,), max_size=96, crop=96, channels=64, hidden=256, anchor_scale=4.0, rois=64

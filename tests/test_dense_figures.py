@@ -1,0 +1,94 @@
+"""Figures and tables of the chapters on detection and segmentation show what they are given."""
+
+import pytest
+import torch
+
+from convnext_min import paper
+from convnext_min.book import dense_figures, results
+from convnext_min.dense import datasets, flops
+from convnext_min.dense.upernet import IGNORED
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts that are made up, for speed; returns the calls."""
+    calls = []
+    monkeypatch.setattr(flops, "cost", lambda *network: calls.append(network) or ({"all": 10**9 * len(calls)}, 10**6))
+    return calls
+
+
+def test_table_3_is_whole_and_counts_the_networks_that_we_have(counted):
+    rows = dense_figures.detection_table().rows
+    published = (*paper.TABLE3_MASK_RCNN, *paper.TABLE3_CASCADE, *paper.TABLE3_CASCADE_22K)
+    assert [row[0] for row in rows] == [row.backbone for row in published]
+    assert [row[0] for row in rows if row[-1] == "–"] == [
+        row.backbone for row in published if row.backbone.startswith(("Swin", "X101"))
+    ]
+    scores = ("46.2", "67.9", "50.8", "41.7", "65.0", "44.9")
+    assert rows[1] == ("ConvNeXt-T", "Mask R-CNN", *scores, "25.6", "262", "1.0")
+    assert ("cascade_mask_rcnn", "resnet50", 1280, 800) in counted and len(counted) == 8
+
+
+def test_tables_4_and_7_are_whole(counted):
+    rows = dense_figures.segmentation_table().rows
+    assert [row[0] for row in rows] == [row.backbone for row in (*paper.TABLE4, *paper.TABLE4_22K)]
+    assert rows[1] == ("ConvNeXt-T", "1K", "512", "46.7", "46.0", "939", "1.0", "60", "1.0")
+    assert rows[0][4] == "–" and ("upernet", "xlarge", 2560, 640) in counted
+
+
+def test_recorded_runs_are_shown_by_mean_and_spread_once_there_are_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    assert dense_figures.recorded("camvid", {"miou": "mIoU"}) is None
+    folder = tmp_path / "dense" / "camvid"
+    folder.mkdir(parents=True)
+    (folder / "runs.csv").write_text("trial,miou,cpu_seconds\na,50.0,120\nb,30.0,60\na,54.0,240\n")
+    table = dense_figures.recorded("camvid", {"miou": "mIoU"})
+    assert table.rows == (("a", "52.0 ± 2.8", "2", "3"), ("b", "30.0", "1", "1"))
+
+
+def test_a_level_is_drawn_by_what_varies_most_and_a_constant_one_is_constant():
+    level = torch.zeros(5, 4, 6)
+    level[2, :, 3:] = 7.0  # one channel differs between the halves
+    level += 1e-3 * torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
+    halves = dense_figures.component(level)
+    assert halves[:, :3].std() < 0.01 and halves[:, 3:].std() < 0.01
+    assert abs(halves[:, 3:].mean() - halves[:, :3].mean()) > 0.9
+    assert dense_figures.component(torch.ones(5, 1, 1).expand(5, 4, 6) + 1e-7).std() < 1e-3
+
+
+def test_maps_have_names_and_shapes_and_as_many_arrows_as_asked():
+    image, level = torch.rand(3, 8, 8), torch.randn(6, 4, 4)
+    fig = dense_figures.maps([[("image", image), ("C2", level)], [None, ("P2", level)]], [((0, 0), (0, 1))])
+    assert [ax.get_title() for ax in fig.axes] == ["image\n3×8×8", "C2\n6×4×4", "", "P2\n6×4×4"]
+    assert len(fig.artists) == 1
+
+
+def test_the_edge_of_a_mask_has_its_colour_and_the_image_stays_inside():
+    mask = torch.zeros(1, 10, 10, dtype=torch.bool)
+    mask[0, 2:8, 2:8] = True
+    drawn = dense_figures.outlined(torch.full((3, 10, 10), 0.5), mask, ["#ff0000"])
+    red = torch.tensor([1.0, 0.0, 0.0])
+    assert torch.equal(drawn[:, 4, 8], red) and not torch.equal(drawn[:, 10, 10], red)
+    assert not torch.equal(drawn[:, 0, 0], red)
+
+
+def test_titles_count_the_verdicts():
+    masks = torch.zeros(3, 6, 6, dtype=torch.bool)
+    fig = dense_figures.mistakes([(torch.rand(3, 6, 6), masks, ["found", "missed", "found"])])
+    assert fig.axes[0].get_title() == "2 found, 1 missed"
+
+
+def test_pixels_without_a_class_are_grey_and_do_not_count_as_wrong():
+    labels = torch.tensor([[0, 1], [IGNORED, 1]])
+    colours = dense_figures.coloured(labels, 2)
+    assert colours[1, 0].tolist() == [0xD9] * 3 and (colours[0, 1] == colours[1, 1]).all()
+    found = torch.tensor([[0, 0], [0, 1]])
+    fig = dense_figures.predictions([(torch.rand(3, 2, 2), labels, found)], ("a", "b"))
+    assert fig.axes[3].get_title() == "33% wrong"
+
+
+def test_drawings_of_data_sets_take_few_images():
+    fig = dense_figures.scenes(datasets.shapes("val", instances=False, number=1))
+    assert len(fig.axes) == 2
+    fig = dense_figures.objects(datasets.shapes("val", number=2), 2)
+    assert all(ax.get_title().endswith("objects") for ax in fig.axes[:2])
