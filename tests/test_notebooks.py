@@ -84,7 +84,6 @@ def test_a_solution_is_folded_and_shows_nothing(code):
 
 # Notebooks with longer lines, and how many. The numbers only ever fall.
 LONG_LINES = {
-    "07_convnext": 8,
 }
 
 
