@@ -82,15 +82,9 @@ def test_a_solution_is_folded_and_shows_nothing(code):
             assert "hide-cell" in cell.metadata.tags and FOLDED.items() <= cell.metadata.items()
 
 
-# Notebooks with longer lines, and how many. The numbers only ever fall.
-LONG_LINES = {
-}
-
-
-def test_lines_of_code_fit_the_page(request, notebook, code):
-    name = request.node.callspec.id
+def test_lines_of_code_fit_the_page(code):
     long = [line for cell in code for line in cell.source.splitlines() if len(line) > 80]
-    assert len(long) <= LONG_LINES.get(name, 0), "longer than 80 characters:\n" + "\n".join(long)
+    assert long == [], "longer than 80 characters"
 
 
 def test_the_line_under_the_title_is_current(request, notebook):
