@@ -351,6 +351,6 @@ def test_few_images_are_shown_by_method_with_a_dot_per_run(folder):
     dots = [line.get_xydata().round(6).tolist() for line in ax.lines if line.get_alpha()]
     assert dots == [[[5, 50], [5, 55]], [[20, 60]], [[5, 40]]]
     (scratch,) = result_figures.few_images_gains("linear probe").rows
-    assert scratch[0] == "from scratch" and scratch[1].startswith("-12.5 (") and scratch[2] == ""
+    assert scratch[0] == "from scratch" and scratch[1] == "-10.0 (-10.0\xa0to\xa0-10.0)" and scratch[2] == ""
     rows = {row[0]: row[1:] for row in result_figures.few_images_table().rows}
     assert rows["linear probe"] == ("52.5\xa0±\xa03.5 (0.01)", "60.0 (0.01)") and rows["from scratch"][1] == ""
