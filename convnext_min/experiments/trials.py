@@ -139,7 +139,7 @@ SMALL_RECIPE_LRS = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 # ---- Without a pyramid: isotropic ConvNeXt and ViT; both start from truncated normal weights of 0.02
 
-ISOTROPIC_LRS = (1e-3, 2e-3, 4e-3)
+ISOTROPIC_LRS = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def _isotropic_at_lrs(settings: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> list[Trial]:
