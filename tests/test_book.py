@@ -23,6 +23,7 @@ WRITTEN = [path for path in PAGES if "_modules" not in path.parts and path != HT
 CHAPTERS = [path for path in WRITTEN if path.parent.name == "notebooks"]
 sys.path.append(str(ROOT / "book"))
 
+import pdf  # noqa: E402
 from browser import NAMES, Browser, find_chromium  # noqa: E402
 
 
@@ -208,3 +209,18 @@ def test_a_browser_finds_what_is_wrong_with_a_page(browser, tmp_path):
     assert browser.remote_requests() == ["http://127.0.0.1:9/a.png"]
     assert any("TypeError" in message for message in browser.errors())
     assert {"image-alt", "html-has-lang"} <= {rule for rule, _ in browser.violations()}
+
+
+def test_a_page_is_printed_to_pdf(browser):
+    browser.open((HTML / "book" / "how_to_read.html").as_uri(), 1280)
+    printed = browser.pdf(pdf.FOOTER)
+    assert printed.startswith(b"%PDF") and b"/Outlines" in printed and b"/StructTreeRoot" in printed
+
+
+def test_the_single_page_of_the_pdf_moves_to_where_its_pictures_are(tmp_path):
+    with pytest.raises(SystemExit, match=r"there is no .*index\.html: run `make pdf`"):
+        pdf.move_up(tmp_path)
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "index.html").write_text('<a href="book/index.html#stem"><img src="_images/a.svg">')
+    assert pdf.move_up(tmp_path).read_text() == '<a href="#stem"><img src="_images/a.svg">'
+    assert pdf.move_up(tmp_path).parent == tmp_path
