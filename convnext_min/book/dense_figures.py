@@ -122,7 +122,7 @@ def maps(rows: Sequence[Sequence[Map | None]], arrows: Sequence[Arrow] = ()) -> 
             if len(value) == 3:
                 _show(ax, value)
             else:
-                ax.imshow(component(value).numpy())
+                ax.imshow(component(value).numpy(), vmin=0, vmax=1)
             ax.set_title(f"{name}\n{'×'.join(map(str, value.shape))}", fontsize=8, fontweight="normal")
     sides = {
         (0, 1): ((1.02, 0.5), (-0.02, 0.5)),
@@ -163,7 +163,7 @@ def roi_align(image: Tensor, level: Tensor, box: Tensor, stride: int, size: int 
     _show(left, image, f"image {'×'.join(map(str, image.shape))}")
     _frame(left, box, RED, linewidth=2)
     x0, y0, x1, y1 = (box / stride).tolist()
-    right.imshow(component(level).numpy(), alpha=0.85)
+    right.imshow(component(level).numpy(), alpha=0.85, vmin=0, vmax=1)
     right.set(xlim=(x0 - 3, x1 + 3), ylim=(y1 + 3, y0 - 3))
     channels, shape = len(level), "×".join(map(str, level.shape))
     right.set_title(f"level {shape}, read as {channels}×{size}×{size}", fontsize=9.5, fontweight="normal")
