@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
@@ -101,6 +102,12 @@ def problem(address: str, notebook: Path) -> str | None:
     if not target.is_file():
         return "no such file"
     return "no such figure" if anchor and anchor not in figures(target) else None
+
+
+def test_no_two_figures_have_the_same_name():
+    cells = [cell for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells]
+    names = [cell.metadata.get("mystnb", {}).get("figure", {}).get("name") for cell in cells]
+    assert {name for name, times in Counter(filter(None, names)).items() if times > 1} == set()
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
