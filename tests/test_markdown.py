@@ -165,6 +165,11 @@ def test_a_citation_is_the_label_of_the_paper_it_links(path):
     assert wrong == []
 
 
+def test_every_entry_of_the_bibliography_is_cited():
+    cited = {address for path in NOTEBOOKS + PAGES for source in prose(path) for address, _ in links(source)}
+    assert set(extension("bibliography").labels_by_address(ROOT / "book" / "references.bib")) - cited == set()
+
+
 def test_labels_tell_papers_of_the_same_authors_and_year_apart():
     def entry(title, *authors):
         return Entry("misc", {"title": title, "year": "2016"}, {"author": [Person(author) for author in authors]})
