@@ -202,6 +202,11 @@ def test_a_caption_without_a_figure_is_an_error(cells):
         extension("plain_markdown").attach_captions(notebook_of(*cells))
 
 
+def test_a_figure_has_a_name_of_its_own():
+    names = [name for path in NOTEBOOKS for name in figures(path)]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_captions_stand_in_cells_of_their_own(notebook):
     """In the metadata of a cell, no reader but the book shows them."""
