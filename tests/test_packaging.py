@@ -24,7 +24,7 @@ DISTRIBUTIONS = {  # where the name differs from the module's
     "segmentation_models_pytorch": "segmentation-models-pytorch",
     "skimage": "scikit-image",
 }
-NEEDED = {"data": ["train"], "train": ["train"], "experiments": ["train"], "dense": ["train", "dense"]}
+NEEDED = {"data": ["train"], "train": ["train"], "experiments": ["train", "weights"], "dense": ["train", "dense"]}
 NEEDED |= {"book": ["train", "book"], "weights.py": ["weights"], "download.py": ["weights"], "timm.py": ["train"]}
 FOLDERS = [folder for folder in NEEDED if (PACKAGE / folder).is_dir()]
 

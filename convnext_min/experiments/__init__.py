@@ -2,4 +2,4 @@
 
 from convnext_min.extras import require
 
-require(__name__, "train")
+require(__name__, "train", "weights")
