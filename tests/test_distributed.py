@@ -261,7 +261,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
                 process.send_signal(signal.SIGTERM)
                 break
         rest, errors = process.communicate()
-    assert process.returncode != 0 and rest.count("stopped after step") == 1, errors
+    assert process.returncode != 0 and rest.count("stopped after iteration") == 1, errors
     stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
     assert f"stopped after iteration {stopped}, saved in" in rest and 24 <= stopped < 96  # 24 steps an epoch
     in_processes(2, tmp_path, main, [*arguments[2:], "--resume"])

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {  # where the name differs from the module's
 }
 NEEDED = {"data": ["train"], "train": ["train"], "experiments": ["train", "weights"], "dense": ["train", "dense"]}
 NEEDED |= {"book": ["train", "book"], "weights.py": ["weights"], "download.py": ["weights"], "timm.py": ["train"]}
+NEEDED |= {"book/dense_exercises.py": ["train", "book", "dense"]}  # of two chapters alone
 FOLDERS = [folder for folder in NEEDED if (PACKAGE / folder).is_dir()]
 
 
@@ -78,7 +79,8 @@ def test_an_extra_brings_the_modules_that_are_checked(project, extra):
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_everything_that_a_module_imports_is_a_dependency(project, path):
     declared = names(project["dependencies"])
-    for extra in NEEDED.get(path.relative_to(PACKAGE).parts[0], ()):
+    place = path.relative_to(PACKAGE)
+    for extra in NEEDED.get(place.as_posix(), NEEDED.get(place.parts[0], ())):
         declared |= names(project["optional-dependencies"][extra])
     assert third_party(path) <= declared
 

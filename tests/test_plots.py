@@ -144,5 +144,5 @@ def test_the_fields_of_a_design_are_named():
 def test_losses_are_running_means_of_ten_beside_the_loss_of_guessing():
     ax = recipe_figures.residual_losses({"8 convolutions, plain": [1.0] * 5 + [2.0] * 15}).axes[0]
     curve, guessing = ax.lines
-    assert (curve.get_xdata()[0], curve.get_ydata()[0], curve.get_ydata()[-1]) == (10, 1.5, 2.0)
+    assert (curve.get_xdata()[0], curve.get_ydata()[0], curve.get_ydata()[-1]) == pytest.approx((10, 1.5, 2.0))
     assert guessing.get_ydata()[0] == pytest.approx(2.303, abs=1e-3) and curve.get_linestyle() == ":"

@@ -94,7 +94,7 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
         (("--micro-batch", "0"), "error: a batch of 8 images cannot be divided into micro-batches of 0 images"),
         (("--finetune", "none.pt"), "error: there is no none.pt"),
         (("--fsdp",), "error: --fsdp shards the network over processes: start several, with torchrun"),
-        (("--save-every", "often"), "error: save_every takes steps"),
+        (("--save-every", "often"), "error: save_every takes iterations"),
         (("--keep", "0"), "error: keep must be at least 1, got 0"),
         (("--set", "amp=fp16"), "error: amp=fp16 is for GPUs, and this run is on cpu"),
         (

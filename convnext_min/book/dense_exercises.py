@@ -2,7 +2,6 @@
 
 import torch
 from torch.nn import functional as F
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms
 
@@ -60,6 +59,8 @@ def _coco_ap(correct: tuple[bool, ...], objects: int) -> float:
     """Return COCO's AP at IoU 0.5 for detections that hit an object each, or none."""
     places = iter(range(objects))
     hits = [next(places) if right else objects + i for i, right in enumerate(correct)]
+
+    from torchmetrics.detection import MeanAveragePrecision  # in the extra "dense", unlike the rest
 
     def squares(places):
         return torch.tensor([[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in places])
