@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # pages show no progress bars
     "PYTHONWARNINGS": "ignore:IProgress",  # nor the warning that tqdm lacks widgets
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -29,6 +30,7 @@ def execute(path: Path) -> None:
     """Run the notebook at `path` in its folder and write it back with its outputs. Raises if a cell raises."""
     notebook = nbformat.read(path, as_version=4)
     run(notebook, path.parent)
+    clear_progress_bars(notebook)
     clear_solutions(notebook)
     notebook.metadata = METADATA
     nbformat.write(notebook, path)
@@ -43,6 +45,7 @@ def execute_results(path: Path) -> None:
             cell.source = definitions(cell.source)
     if any(is_of_results(cell) for _, cell in pairs):
         run(short, path.parent)
+        clear_progress_bars(short)
         for kept, cell in pairs:
             if is_of_results(cell):
                 kept.outputs = cell.outputs
@@ -63,6 +66,12 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=os.environ | ENVIRONMENT)
+
+
+def clear_progress_bars(notebook: nbformat.NotebookNode) -> None:
+    """Remove the progress bars that tqdm draws as widgets where ipywidgets is installed."""
+    for cell in code_cells(notebook):
+        cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
 
 
 def clear_solutions(notebook: nbformat.NotebookNode) -> None:

@@ -136,6 +136,11 @@ def test_outputs_hold_no_errors_warnings_or_local_paths(code):
             assert not LOCAL_PATH.search(text_of(output)), f"a path of this machine in the output of\n{cell.source}"
 
 
+def test_outputs_hold_no_progress_bars(code):
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if "widget-view" in str(list(output.get("data", {})))]
+
+
 def test_pictures_have_alt_text(code):
     for cell in code:
         if any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
@@ -184,3 +189,12 @@ def test_a_run_keeps_no_output_of_a_solution(tmp_path):
     execute.execute(path)
     shown, solution = nbformat.read(path, as_version=4).cells
     assert [text_of(output) for output in shown.outputs] == ["21"] and solution.outputs == []
+
+
+def test_a_run_keeps_no_progress_bar(tmp_path):
+    path = tmp_path / "bar.ipynb"
+    source = "from IPython.display import display\ndisplay({%r: {}, 'text/plain': '0%%'}, raw=True)\nprint('done')"
+    cell = nbformat.v4.new_code_cell(source % "application/vnd.jupyter.widget-view+json")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    load("execute").execute(path)
+    assert [output.text for output in nbformat.read(path, as_version=4).cells[0].outputs] == ["done\n"]
