@@ -47,7 +47,7 @@ images of {seen}. The other three classes of Imagenette, {new}, were kept for fi
 | parameters | {parameters:,}, stored in half precision |
 | top-1 of these weights | {top1:.2f}% of {images:,} validation images of the seven classes, one run |
 | resolution in evaluation | {resolution} x {resolution} pixels |
-| recipe | `{recipe}` with {settings}: {minutes:g} minutes, {epochs} epochs |
+| recipe | `{recipe}` with {settings}: {epochs} epochs in {minutes:.0f} minutes |
 | machine | {cpu}, {cores} cores |
 | versions | {versions} |
 | commit | `{commit}` |
@@ -113,7 +113,7 @@ def write_card(name: str, recipe: Recipe, history: History, sets: tuple[ImageSet
             "resolution": recipe.eval_resolution,
             "recipe": RECIPE,
             "settings": ", ".join(f"`{setting}`" for setting in SETTINGS[name]),
-            "minutes": recipe.minutes,
+            "minutes": history.rows[-1]["seconds"] / 60,
             "cpu": machine["cpu"],
             "cores": machine["cores"],
             "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
@@ -128,12 +128,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments.backbone", description=__doc__)
     parser.add_argument("--model", default="convnext_atto", choices=SETTINGS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="train for this many minutes instead of 30")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="train for this many minutes instead of 30")
+    length.add_argument("--epochs", type=int, help="train for this many epochs, however long they take")
     parser.add_argument("--data", help="folder of Imagenette")
     parser.add_argument("--output", type=Path, default=Path("results/backbone"))
     args = parser.parse_args(argv)
-    length = (f"minutes={args.minutes}",) if args.minutes else ()
-    recipe = recipes.get(RECIPE, (*SETTINGS[args.model], *length), args.model)
+    changes = SETTINGS[args.model]
+    if args.minutes:
+        changes = (*changes, f"minutes={args.minutes}")
+    elif args.epochs:
+        changes = (*changes, f"epochs={args.epochs}", "minutes=None")
+    recipe = recipes.get(RECIPE, changes, args.model)
     (train_set, _), (val_set, new_set) = (
         split_classes(data.imagenette(split, args.data, recipe.image_size)) for split in ("train", "val")
     )
