@@ -516,12 +516,12 @@ def times_by_recipe(experiment: str = "convnext_init/recipe_by_architecture") ->
 ISOTROPIC = {"convnext": ("isotropic ConvNeXt", BLUE, "o"), "vit": ("ViT", ORANGE, "D")}
 
 
-def _by_network(experiment: str) -> dict[str, dict[float, analysis.Correct]]:
-    """Return the correctness of the trials of isotropic and isotropic_lr by network and learning rate."""
+def _by_value(experiment: str) -> dict[str, dict[float, analysis.Correct]]:
+    """Return the correctness of trials called "<name>, <value>" by name and value, a learning rate or a count."""
     found: dict[str, dict[float, analysis.Correct]] = {}
     for trial, right in analysis.correct(experiment).items():
-        network, _, lr = trial.partition(", ")
-        found.setdefault(network, {})[float(lr)] = right
+        name, _, value = trial.rpartition(", ")
+        found.setdefault(name, {})[float(value)] = right
     return found
 
 
@@ -529,7 +529,7 @@ def isotropic_rates() -> Figure:
     """Plot held-out top-1 of the two small isotropic networks over the learning rate: isotropic_lr."""
     fig, ax = figure(2.8)
     rates = set()
-    for network, by_rate in _by_network("isotropic_lr").items():
+    for network, by_rate in _by_value("isotropic_lr").items():
         label, color, marker = ISOTROPIC[network]
         lrs = sorted(by_rate)
         rates |= by_rate.keys()
@@ -546,7 +546,7 @@ def isotropic_rates() -> Figure:
 def isotropic_table() -> Table:
     """Show the runs of the two small isotropic networks: size, cost, learning rate, top-1 with its spread, CPU time."""
     rows, runs = [], results.rows("isotropic/runs.csv")
-    for network, by_rate in _by_network("isotropic").items():
+    for network, by_rate in _by_value("isotropic").items():
         with torch.device("meta"):
             model = models.ISOTROPIC[network](num_classes=10)
         size = f"{count_parameters(model) / 1e6:.2f}", f"{count_macs(model, 64) / 1e6:.0f}"
@@ -569,19 +569,10 @@ METHODS = {
 }
 
 
-def _by_method() -> dict[str, dict[int, analysis.Correct]]:
-    """Return the correctness of few_images by method and images per class."""
-    found: dict[str, dict[int, analysis.Correct]] = {}
-    for trial, right in analysis.correct("few_images").items():
-        method, _, count = trial.rpartition(", ")
-        found.setdefault(method, {})[int(count)] = right
-    return found
-
-
 def few_images_curves() -> Figure:
     """Plot top-1 on three new classes over the images per class: a line through each method's means, a dot per run."""
     fig, ax = figure(3.4)
-    found = _by_method()
+    found = _by_value("few_images")
     counts = sorted({count for by_count in found.values() for count in by_count})
     for method, (color, marker) in METHODS.items():
         by_count = found.get(method, {})
@@ -591,7 +582,7 @@ def few_images_curves() -> Figure:
             ax.plot(np.full(len(right), count), analysis.by_seed(right), marker, color=color, alpha=0.4, markersize=4)
     ax.axhline(100 / 3, color=GREY, linewidth=0.8, linestyle="--")
     ax.set_xscale("log")
-    ax.set_xticks(counts, [str(count) for count in counts])
+    ax.set_xticks(counts, [f"{count:g}" for count in counts])
     ax.minorticks_off()
     ax.set_xlabel("training images per class")
     ax.set_ylabel("top-1 on three new classes (%)")
@@ -601,7 +592,7 @@ def few_images_curves() -> Figure:
 
 def few_images_table() -> Table:
     """Show top-1 of each method on three new classes, with its spread, and the value chosen on held-out images."""
-    found, runs = _by_method(), results.rows("few_images/runs.csv")
+    found, runs = _by_value("few_images"), results.rows("few_images/runs.csv")
     values = {(run["method"], int(run["images_per_class"])): float(run["value"]) for run in runs}
     counts = sorted({count for by_count in found.values() for count in by_count})
     rows = []
@@ -612,7 +603,7 @@ def few_images_table() -> Table:
             for count in counts
         ]
         rows.append((method, *cells))
-    return table(("top-1 (%), and rate or L2", *(f"{count} per class" for count in counts)), rows)
+    return table(("top-1 (%), and rate or L2", *(f"{count:g} per class" for count in counts)), rows)
 
 
 def few_images_gains(base: str = "fine-tuning") -> Table:
@@ -620,7 +611,7 @@ def few_images_gains(base: str = "fine-tuning") -> Table:
 
     Runs of one seed have the same training images, so they are compared in pairs.
     """
-    found = _by_method()
+    found = _by_value("few_images")
     counts = sorted(found[base])
 
     def gap(method: str, count: int) -> str:
@@ -632,4 +623,4 @@ def few_images_gains(base: str = "fine-tuning") -> Table:
 
     others = [method for method in METHODS if method in found and method != base]
     rows = [(method, *(gap(method, count) for count in counts)) for method in others]
-    return table((f"points over {base}", *(f"{count} per class" for count in counts)), rows)
+    return table((f"points over {base}", *(f"{count:g} per class" for count in counts)), rows)
