@@ -40,6 +40,12 @@ def test_parts_are_the_pixels_that_a_mask_leaves_together(shift, parts):
     assert torch.equal(numbers[:, :, None, None] == numbers, together)
 
 
+def test_thick_lines_are_the_borders_of_the_windows():
+    figure = pictures.draw_shift(size=6, window=3, shift=1)
+    vertical = [sorted({line.get_xdata()[0] for line in ax.lines}) for ax in figure.axes]
+    assert vertical == [[0, 3, 6], [0, 1, 4, 6], [0, 3, 6]]
+
+
 def test_weights_are_drawn_over_the_image_of_their_query():
     weights = torch.rand(12, 12)
     fig = pictures.draw_attention(torch.rand(3, 4, 3), weights, queries=((1, 2),))

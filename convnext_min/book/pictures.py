@@ -146,29 +146,33 @@ def regions(size: int, window: int, shift: int) -> Tensor:
 
 
 def draw_shift(size: int = 8, window: int = 4, shift: int = 2) -> Figure:
-    """Draw windows, windows that are shifted, and the shifted ones after the roll that makes them whole again."""
-    shifted = regions(size, window, shift)
-    panels = {
-        "windows": regions(size, window, 0),
-        f"shifted by {shift}": shifted,
-        "rolled": shifted.roll((-shift, -shift), (0, 1)),
-    }
+    """Draw windows, windows that are shifted, and the shifted ones after the roll that makes them whole again.
+
+    The windows have numbers. The parts that the shift makes have letters and colours, the same before and after the
+    roll.
+    """
+    parts, letters = regions(size, window, shift), "ABCDEFGHI"
+    whole, cut = range(0, size + 1, window), (0, *range(shift, size, window), size)
+    panels = (
+        ("windows", regions(size, window, 0), "1234", (PALE,), whole),
+        (f"shifted by {shift}", parts, letters, PASTELS, cut),
+        ("rolled", parts.roll((-shift, -shift), (0, 1)), letters, PASTELS, whole),
+    )
     use_style()
     fig, axes = plt.subplots(1, 3, figsize=(6.0, 2.5))
     plt.close(fig)
-    for ax, (title, numbers) in zip(axes, panels.items()):
+    for ax, (title, numbers, names, fills, borders) in zip(axes, panels):
         for row, column in product(range(size), repeat=2):
-            color = PASTELS[int(numbers[row, column]) % len(PASTELS)]
+            color = fills[int(numbers[row, column]) % len(fills)]
             ax.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
         for number in numbers.unique().tolist():
             rows, columns = (numbers == number).nonzero().T
             center = columns.double().mean() + 0.5, rows.double().mean() + 0.5
-            ax.text(*center, "ABCDEFGHI"[number], fontsize=FONT, ha="center", va="center")
+            ax.text(*center, names[number], fontsize=FONT, ha="center", va="center")
+        for border in borders:
+            ax.plot((border, border), (0, size), color=INK, linewidth=2)
+            ax.plot((0, size), (border, border), color=INK, linewidth=2)
         _grid_axes(ax, size, title)
-    for ax, edges in zip(axes, ((0, 4, 8), (0, 2, 6, 8), (0, 4, 8))):
-        for edge in edges:
-            ax.plot((edge, edge), (0, size), color=INK, linewidth=2)
-            ax.plot((0, size), (edge, edge), color=INK, linewidth=2)
     return fig
 
 
