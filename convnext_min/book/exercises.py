@@ -291,7 +291,7 @@ def check_fold_separable(answer) -> None:
         conv2d = nn.functional.conv2d
         right = conv2d(conv2d(x, depthwise, padding=k // 2, groups=chans), pointwise)
         expect(conv2d(x, weight, padding=k // 2), right, "output of the folded convolution", 1e-4)
-    solved("C (k² + D - 1) of the D C k² weights are free: k² + D per channel, minus a scale that both factors share")
+    solved("C (k² + D - 1) of the D C k² weights are free: k² + D per channel, minus one scale that both factors share")
 
 
 def check_widest(answer) -> None:
@@ -326,7 +326,7 @@ def check_shortcut_macs(answer) -> None:
                 right += conv.in_channels * conv.out_channels * (56 // 2**i) ** 2
         width, expansion = STEPS[slug].width, STEPS[slug].block.expansion
         expect(answer(width, expansion), right, f"shortcut_macs({width}, {expansion})", reveal=False)
-    solved("a sixteenth where both sides are four times narrower, and none in the first stage")
+    solved("inverted, the projections between the stages cost a sixteenth, and the first stage has none")
 
 
 def check_mobilenet_block(answer) -> None:
@@ -468,7 +468,7 @@ def check_drop_path(answer) -> None:
                 )
             if abs(factors.mean().item() - 1) > 0.05:
                 raise AssertionError(
-                    f"mean factor with rate {rate}: yours is {factors.mean():.2f}, expected 1 (divide by what is kept)"
+                    f"mean factor with rate {rate}: yours is {factors.mean():.2f}, expected 1 (divide by 1 - rate)"
                 )
     solved("one draw per sample, and the mean over draws equals the input")
 
