@@ -197,7 +197,7 @@ EXPERIMENTS = {
     "road": [Trial(step, f"road:{step}", "road") for step in STEPS],
     "road_init": [
         Trial(f"{step}, {name}", f"road:{step}", "road", (f"init={init}",))
-        for step in LAST_STEPS
+        for step in ("resnet50", *LAST_STEPS)
         for name, init in INITS.items()
     ],
     "road_lr": _at_lrs(STEPS, ROAD_LRS, ("epochs=5",), HOLDOUT),
