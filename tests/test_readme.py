@@ -16,7 +16,7 @@ RESULTS = ROOT / "book" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORD = (RESULTS / "README.md").read_text(encoding="utf-8")
 SUMMARIES = sorted((RESULTS / "imagenette").glob("*/summary.json"))
-SPEEDS = sorted((RESULTS / "speed").rglob("*-*.json"))
+SPEEDS = sorted((RESULTS / "speed").rglob("[it]*-*.json"))  # inference and training
 
 
 def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:

@@ -33,7 +33,7 @@ def test_a_run_for_some_minutes_had_the_values_of_its_recipe(path):
     assert json.loads(json.dumps(asdict(recipe))) == json.loads(json.dumps(recipes.complete(summary["recipe"])))
 
 
-SPEEDS = sorted((ROOT / "book" / "results" / "speed").rglob("*-*.json"))
+SPEEDS = sorted((ROOT / "book" / "results" / "speed").rglob("[it]*-*.json"))  # inference and training
 
 
 @pytest.mark.parametrize("path", SPEEDS, ids=lambda path: f"{path.parent.name}-{path.stem}")

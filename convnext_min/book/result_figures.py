@@ -341,6 +341,22 @@ def benchmark_table(*names: str) -> Table:
     return table(("model", "implementation", "images/s", "ours / theirs", "its fastest setting"), rows)
 
 
+def memory_table(*names: str) -> Table:
+    """Return the peak memory of training in results of benchmarks (files of book/results/speed): MB, lowest to highest.
+
+    The setting is the fastest one of the implementation in a benchmark of speed.
+    """
+    rows = []
+    for name in names:
+        outcome = results.values(f"speed/{name}.json")
+        what = "{model}, {resolution} px, {batch_size} images".format(**outcome)
+        for implementation, result in outcome["memory"].items():
+            peaks = result["megabytes"]
+            rows.append((what, implementation, f"{min(peaks):,}–{max(peaks):,}", result["setting"]))
+            what = ""
+    return table(("model", "implementation", "peak memory of training (MB)", "setting"), rows)
+
+
 def tried_changes() -> Table:
     """Return the changes to `convnext_min.fast` that were tried: milliseconds per iteration before and after."""
     rows = [
