@@ -342,7 +342,7 @@ def benchmark_table(*names: str) -> Table:
 
 
 def memory_table(*names: str) -> Table:
-    """Return the peak memory of training in results of benchmarks (files of book/results/speed): MB, lowest to highest.
+    """Return the peak memory of training in results of benchmarks (files of book/results/speed), in MB.
 
     The setting is the fastest one of the implementation in a benchmark of speed.
     """
@@ -351,9 +351,7 @@ def memory_table(*names: str) -> Table:
         outcome = results.values(f"speed/{name}.json")
         what = "{model}, {resolution} px, {batch_size} images".format(**outcome)
         for implementation, result in outcome["memory"].items():
-            peaks = result["megabytes"]
-            rows.append((what, implementation, f"{min(peaks):,}–{max(peaks):,}", result["setting"]))
-            what = ""
+            rows.append((what, implementation, f"{result['megabytes']:,}", result["setting"]))
     return table(("model", "implementation", "peak memory of training (MB)", "setting"), rows)
 
 

@@ -1,7 +1,7 @@
 """Measure training and inference speed, and the memory of training, against other implementations of ConvNeXt.
 
 All run in turn in one process, each in its fastest setting of number format, memory layout and torch.compile:
-`python -m convnext_min.experiments.benchmark official timm torchvision --mode train`. Then each trains in processes of
+`python -m convnext_min.experiments.benchmark official timm torchvision --mode train`. Then each trains in a process of
 its own, for the peak of its memory.
 """
 
@@ -29,7 +29,6 @@ from convnext_min.experiments.memory import added_memory
 from convnext_min.train.device import autocast_dtype
 
 CLASSES = 1000
-PROCESSES = 2  # that measure the memory of each implementation
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -197,23 +196,26 @@ def train(name: str, setting: Setting, shape: Shape, iterations: int = 3) -> Non
         workload.step()
 
 
-def memory(contest: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure the peak memory of training of each implementation in `contest`, the contents of a results file.
+def memory(contest: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Measure the peak memory of training of the implementations `names` in `contest`, the contents of a results file.
 
     Each trains for a few iterations in the setting, and at the sizes, that it has there. Its memory is what these add
     to a fresh process that has imported all implementations: weights, gradients, AdamW's state, images, activations,
     and the buffers of libraries. Only `convnext_min` changes the allocator's settings (`fast.keep_freed_memory`).
-    Returns the contents of a results file: under "memory", the setting of each implementation and its megabytes in each
-    of PROCESSES processes. Raises ValueError for a contest without training.
+    Returns the contents of a results file: under "memory", the setting and the megabytes of each implementation. Raises
+    ValueError for a contest without training or without one of `names`.
     """
     if contest["mode"] != "train":
         raise ValueError(f"memory is measured in training, and the contest's mode is {contest['mode']!r}")
+    for name in names:
+        if name not in contest["results"]:
+            raise ValueError(f"the contest has no {name!r}; it has {', '.join(contest['results'])}")
     shape = Shape(*(contest[field] for field in Shape._fields))
     measured: dict[str, Any] = {}
-    for name, result in tqdm(contest["results"].items(), "memory", disable=None):
-        setting = Setting(*result["setting"].split(", "))
-        megabytes = [round(added_memory(train, name, setting, shape) / 1e6) for _ in range(PROCESSES)]
-        measured[name] = {"setting": result["setting"], "megabytes": megabytes}
+    for name in tqdm(names, "memory", disable=None):
+        setting = contest["results"][name]["setting"]
+        added = added_memory(train, name, Setting(*setting.split(", ")), shape)
+        measured[name] = {"setting": setting, "megabytes": round(added / 1e6)}
     return shape._asdict() | {"memory": measured} | environment()
 
 
@@ -237,33 +239,30 @@ def memory_report(outcome: Mapping[str, Any]) -> str:
     """Return the peak memory of training as text, one line per implementation."""
     lines = ["{model}, {resolution} px, batch {batch_size}: peak memory of training".format(**outcome)]
     for name, result in outcome["memory"].items():
-        peaks = result["megabytes"]
-        lines.append(f"{name:<13} {min(peaks):5}-{max(peaks)} MB  [{result['setting']}]")
+        lines.append(f"{name:<13} {result['megabytes']:5} MB  [{result['setting']}]")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments.benchmark", description=__doc__)
-    parser.add_argument("baselines", nargs="*", metavar="BASELINE", help="official, timm or torchvision")
+    parser.add_argument("baselines", nargs="+", metavar="BASELINE", help="official, timm or torchvision")
     parser.add_argument("--model", default="convnext_atto", help="a variant of ConvNeXt")
     parser.add_argument("--resolution", type=int, default=128, help="image side in pixels (128)")
     parser.add_argument("--batch", type=int, default=32, help="images per iteration (32)")
     parser.add_argument("--mode", choices=("train", "infer"), default="train")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--memory-of", type=Path, metavar="JSON", help="measure only memory, as in this result file")
+    parser.add_argument("--memory-of", type=Path, metavar="JSON", help="only memory, in the settings of this result")
     parser.add_argument("--output", type=Path, default=Path("results/speed"), help="folder for the results as JSON")
     args = parser.parse_args(argv)
-    if bool(args.baselines) == bool(args.memory_of):
-        parser.error("give either baselines or --memory-of")
     try:
         if args.memory_of:
-            outcome = memory(json.loads(args.memory_of.read_text()))
+            outcome = memory(json.loads(args.memory_of.read_text()), args.baselines)
         else:
             outcome = benchmark(args.baselines, args.model, args.resolution, args.batch, args.mode, args.rounds)
             print(report(outcome))
             if args.mode == "train":
-                outcome |= memory(outcome)
+                outcome |= memory(outcome, list(outcome["results"]))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if "memory" in outcome:
