@@ -1,7 +1,9 @@
-"""ConvNeXt as a backbone: the feature maps of its four stages, in timm's conventions. Needs only PyTorch.
+"""ConvNeXt as a backbone: the feature maps of its four stages, in timm's conventions::
 
-model = backbone("convnext_tiny", pretrained="in22k", in_chans=1)
-maps = model.forward_intermediates(images, intermediates_only=True)  # strides 4, 8, 16, 32
+    model = backbone("convnext_tiny", pretrained="in22k", in_chans=1)
+    maps = model.forward_intermediates(images, intermediates_only=True)  # strides 4, 8, 16, 32
+
+Only PyTorch is needed.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,8 @@ class Backbone(ConvNeXt):
     """A `ConvNeXt` with timm's interface, and with the arguments and state-dict keys of `ConvNeXt`.
 
     `feature_info` has the channels (`num_chs`) and the stride (`reduction`) of each stage. As in timm,
-    `forward_features` returns the last map and `forward_head` pools it. Between `set_grad_checkpointing(True)` and
-    `(False)` training keeps only the input of each block and computes the rest again in the backward pass.
+    `forward_features` returns the last map and `forward_head` pools it. After `set_grad_checkpointing(True)`, training
+    keeps only the input of each block and computes its other activations again in the backward pass.
     """
 
     def __init__(self, *args, **kwargs):
@@ -43,10 +45,10 @@ class Backbone(ConvNeXt):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the last map and a list of the maps of the stages `indices`; with `intermediates_only`, only the list.
 
-        The map of stage i has shape (N, dims[i], H / 4 / 2**i, W / 4 / 2**i), rounded down at each stage. `indices` are
-        stage numbers, negative ones counted from the end, or the count of last stages; None takes all four. With
-        `stop_early` later stages are not computed, and the last map is the last one computed. Raises ValueError for
-        other indices, for a layout other than NCHW, and for `norm`: ConvNeXt normalizes after pooling.
+        The map of stage i has shape (N, dims[i], H / 4 / 2**i, W / 4 / 2**i), rounded down at each stage. `indices` is
+        a list of stage numbers (negative ones count from the end) or a number n for the last n stages; None takes all
+        four. With `stop_early` later stages are not computed, and the last map is the last one computed. Raises
+        ValueError for other indices, for a layout other than NCHW, and for `norm`: ConvNeXt normalizes after pooling.
         """
         if norm or str(output_fmt).rpartition(".")[2] != "NCHW":
             raise ValueError(f"the maps are NCHW without a norm; got norm={norm}, output_fmt={output_fmt!r}")

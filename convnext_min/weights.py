@@ -113,7 +113,7 @@ def read_state_dict(
 
 
 class Ignored:
-    """Stand for an object in a checkpoint that is neither a tensor nor a plain value, such as argparse.Namespace."""
+    """Stand in for an object in a checkpoint that is neither a tensor nor a plain value, as an argparse.Namespace."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> "Ignored":
         return super().__new__(cls)

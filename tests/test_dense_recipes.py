@@ -30,6 +30,13 @@ def test_values_per_model_are_in_the_ranges_of_the_paper(key):
         assert recipe.drop_path in (0.3, 0.4, 0.5)
 
 
+@pytest.mark.parametrize("variant, crop", [("base", 512), ("large", 640), ("xlarge", 640)])
+def test_the_largest_backbones_are_trained_on_ade20k_with_larger_crops(variant, crop):
+    recipe = recipes.get("ade20k", "upernet", f"convnext_{variant}")
+    assert recipe.crop == recipe.min_size[-1] == crop  # the last size is the one in evaluation
+    assert (min(recipe.min_size), max(recipe.min_size)) == (crop // 2, 2 * crop)
+
+
 def test_settings_change_a_recipe_and_those_of_classifiers_are_refused():
     recipe = recipes.get("nuclei", "mask_rcnn", "convnext_atto", ["epochs=3", "min_size=(64, 96)"])
     assert (recipe.epochs, recipe.min_size) == (3, (64, 96))

@@ -95,7 +95,7 @@ def check_pool_to_grid(answer) -> None:
         x = torch.arange(float(height * width)).view(height, width) ** 1.5
         right = F.adaptive_avg_pool2d(x[None], bins)[0]
         expect(answer(x, bins), right, f"pool_to_grid of {height}×{width} to {bins}×{bins}", 1e-5)
-    solved("bins that overlap where the sides cannot be divided")
+    solved("fields overlap where the side is not a multiple of n")
 
 
 def check_upernet_parameters(answer) -> None:

@@ -261,7 +261,7 @@ def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure
 
 
 def predictions(examples: Sequence[tuple[Tensor, Tensor, Tensor]], classes: Sequence[str]) -> Figure:
-    """Draw a row per example: the image (3, H, W), its labels, the predicted labels, and the wrong pixels in red."""
+    """Draw a row per example: the image (3, H, W), its labels, the predicted labels, and the wrong pixels in orange."""
     fig, axes = _grid(len(examples), 4, 1.3 * len(examples) + 0.9)
     for line, (image, labels, found) in zip(axes, examples):
         _show(line[0], image)

@@ -16,11 +16,14 @@ from convnext_min.dense.datasets import DenseDataset, Target
 from convnext_min.dense.recipes import DenseRecipe
 from convnext_min.dense.upernet import IGNORED
 
-DETR_SIZES, DETR_CROP = (400, 500, 600), (384, 600)  # shorter sides before the crop; its least and largest side
+DETR_SIZES, DETR_CROP = (400, 500, 600), (384, 600)  # shorter sides before the crop; range of its sides
 
 
 def augment_instances(image: Tensor, target: Target, recipe: DenseRecipe) -> tuple[Tensor, Target]:
-    """Flip, and with `resize_and_crop` crop half of the images, as in DETR; the model draws the final size."""
+    """Flip an image at random, and with `resize_and_crop` crop half of the images, as in DETR.
+
+    Objects without area after the crop are left out. The model resizes the image.
+    """
     flips = [v2.RandomHorizontalFlip()] + [v2.RandomVerticalFlip()] * recipe.vertical_flip
     image, target = v2.Compose(flips)(image, target)
     if recipe.resize_and_crop and torch.rand(()) < 0.5:
@@ -47,8 +50,8 @@ def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 def augment_semantic(image: Tensor, target: Target, recipe: DenseRecipe) -> tuple[Tensor, Target]:
     """Resize at random, crop a square, flip and change the colours, as MMSegmentation does for ADE20K.
 
-    A crop that is too small is padded with black, which the loss ignores. (MMSegmentation also rejects crops that are
-    mostly of one class.)
+    An image smaller than the crop is padded with black, and the loss ignores the padding. (MMSegmentation also rejects
+    crops that are mostly of one class.)
     """
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
     transform = v2.Compose(
@@ -68,7 +71,7 @@ def plain(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 class _Epoch(Dataset):
-    """The images of one epoch; each depends on the seed, the epoch and its number alone."""
+    """The augmented images of one epoch; an image's augmentation depends only on seed, epoch and its number."""
 
     def __init__(self, dataset: DenseDataset, recipe: DenseRecipe, seed: int, epoch: int):
         self.dataset, self.recipe, self.key = dataset, recipe, (seed, epoch)
@@ -88,8 +91,8 @@ def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Targ
 class DenseBatches:
     """Training batches for the trainer: (list of images (3, H, W) in 0..1, list of targets), shuffled in each epoch.
 
-    Batch k of epoch i depends on `seed`, i and k alone; process `rank` of `world_size` gets its part of it. The last
-    short batch is dropped. `workers` processes read the images.
+    Batch k of epoch i depends only on `seed`, i and k; process `rank` of `world_size` gets its share of it. A last
+    batch that is not full is dropped. `workers` processes read the images.
     """
 
     erases = True  # nothing is left for the trainer to erase

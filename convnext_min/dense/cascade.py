@@ -1,7 +1,7 @@
 """Cascade Mask R-CNN (Cai and Vasconcelos, 2019): three box heads, each trained on the boxes of the one before.
 
-The configuration is Swin's, which the paper uses: box heads of four convolutions and one linear layer with
-BatchNorm, class-specific boxes trained with GIoU on the decoded boxes, and a mask head per stage.
+The configuration is Swin's, which the paper uses. A box head has four convolutions with BatchNorm and one linear layer.
+It predicts a box per class, and is trained with the GIoU loss on decoded boxes. Each stage also has a mask head.
 """
 
 import torch
@@ -16,17 +16,17 @@ from torchvision.ops import generalized_box_iou_loss
 from convnext_min.dense.features import ConvNeXtFeatures
 from convnext_min.dense.mask_rcnn import mask_rcnn
 
-IOUS = (0.5, 0.6, 0.7)  # with an object, from which a box of the stage is a positive one
+IOUS = (0.5, 0.6, 0.7)  # of each stage: from this IoU with an object on, a box is a positive example
 BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # 1 / std of the offsets
-LOSS_WEIGHTS = (1.0, 0.5, 0.25)
-GIOU_WEIGHT = 10.0
+LOSS_WEIGHTS = (1.0, 0.5, 0.25)  # of the stages
+GIOU_WEIGHT = 10.0  # of the box loss, within a stage
 
 
 class CascadeRoIHeads(nn.Module):
     """Several `RoIHeads` in a row, in place of one: features and proposals to detections or losses.
 
-    In training each stage samples its boxes by its own IoU and hands them on, refined. In eval mode the scores and
-    the masks are means over the stages; the boxes are the last stage's.
+    In training each stage samples its boxes by its own limit of the IoU, and passes them on after moving them. In eval
+    mode scores and masks are means over the stages, and the boxes are those of the last stage.
     """
 
     def __init__(self, stages: list[RoIHeads]):
@@ -122,7 +122,8 @@ def _refine(
 ) -> list[Tensor]:
     """Return the proposals of the next stage: each proposal's decoded box for its class, clipped to the image.
 
-    The class of a positive box in training is the true one, otherwise the likeliest except the background.
+    With `labels`, in training, the class of a positive box is its true class. In all other cases it is the class with
+    the highest logit, the background excluded.
     """
     classes = logits[:, 1:].argmax(1) + 1
     if labels is not None:

@@ -1,4 +1,4 @@
-"""Images with objects or classes of pixels: nuclei, CamVid, COCO, ADE20K, and drawn shapes where no data is available.
+"""Data sets for detection (nuclei, COCO) and segmentation (CamVid, ADE20K), and drawn shapes to replace them offline.
 
 `python -m convnext_min.dense.datasets coco --data DIR` checks a folder before a long run.
 """
@@ -188,7 +188,7 @@ def nuclei(split: str, root: Path | str | None = None) -> DenseDataset:
 
 
 def camvid(split: str, root: Path | str | None = None) -> DenseDataset:
-    """Return CamVid (Brostow et al., 2008) as prepared for SegNet: street scenes with 11 classes of pixels.
+    """Return CamVid (Brostow et al., 2009) as prepared for SegNet: street scenes with 11 classes of pixels.
 
     The frames are in `root`, `CAMVID_DIR` or the cache, as <split>/images/*.jpg and <split>/labels/*.png with the
     splits train, val and test, or are downloaded; without network, drawn shapes stand in for them.

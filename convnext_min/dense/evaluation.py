@@ -20,8 +20,9 @@ from convnext_min.train import distributed
 def predict(model: nn.Module, image: Tensor, recipe: DenseRecipe) -> Target:
     """Return the predictions of a network in eval mode for an image (3, H, W) in 0..1, in the image's own pixels.
 
-    A detector gives boxes (n, 4), labels (n,), scores (n,) and masks bool (n, H, W); a segmentation network labels
-    (H, W), by the mean of the probabilities at all of the recipe's sizes.
+    A detector gives boxes (n, 4), labels (n,), scores (n,) and masks bool (n, H, W). A segmentation network gives
+    labels (H, W), the classes with the highest mean probability over the recipe's `test_scales` and, with `test_flip`,
+    over the image and its mirror image.
     """
     if not isinstance(model, Segmenter):
         (found,) = model([image])
@@ -39,7 +40,7 @@ def predict(model: nn.Module, image: Tensor, recipe: DenseRecipe) -> Target:
 
 
 class Scores:
-    """The metrics of a data set: `update` with each image, then `compute`, which also sums over processes."""
+    """The metrics of a data set: call `update` for each image, then `compute`, which also sums over processes."""
 
     def __init__(self, dataset: DenseDataset):
         self.instances, self.classes = dataset.instances, dataset.classes

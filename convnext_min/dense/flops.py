@@ -1,9 +1,9 @@
 """Cost of detection and segmentation networks, next to Tables 3, 4 and 7: `python -m convnext_min.dense.flops`.
 
 The paper's "FLOPs" are multiply-accumulates, counted here as for the road: convolutions and linear layers, on
-PyTorch's meta device. Detectors are counted with 1000 boxes per box head and 100 per mask head, their upper limits.
-The paper's figures are up to 0.9 G higher, 1.4 G with ResNet-50: MMDetection's and MMSegmentation's counter adds norms
-and activations.
+PyTorch's meta device. Detectors are counted with 1000 boxes per box head and 100 per mask head, the largest numbers in
+evaluation. The paper's figures are up to 0.9 G higher, and 1.4 G with ResNet-50, because the counters of MMDetection
+and MMSegmentation add norms and activations.
 """
 
 import argparse
@@ -27,13 +27,13 @@ COCO_CLASSES, ADE20K_CLASSES = 80, 150
 
 
 class Published(NamedTuple):
-    """A row of Table 3, 4 or 7 with a network that we have: GMACs for an image (width, height), million parameters."""
+    """A row of Table 3 or 4 for a network of this package: GMACs for an image (width, height), million parameters."""
 
     head: str
     variant: str
     size: tuple[int, int]
     gmacs: float
-    params: float | None  # only Tables 4 and 7 give them
+    params: float | None  # only in Table 4
 
 
 TABLES = (
@@ -87,7 +87,7 @@ def remove_background(model: nn.Module) -> None:
 
 
 def segmenter_macs(model: nn.Module, width: int, height: int) -> dict[str, int]:
-    """Return the multiply-accumulates of each part of a segmentation network for one image, as it is used."""
+    """Return the multiply-accumulates of each part of a segmentation network for one image, in evaluation."""
     image = torch.empty(1, 3, height, width, device="meta")
     levels = list(model.features(image).values())
     return {"backbone": macs(model.features, image), "decoder": macs(model.head, levels)}

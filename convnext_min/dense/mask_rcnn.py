@@ -1,4 +1,8 @@
-"""Mask R-CNN (He et al., 2017) from torchvision's parts, configured as MMDetection does for the paper (Table 3)."""
+"""Mask R-CNN (He et al., 2017) from torchvision's parts, with the settings of the paper's MMDetection (Table 3).
+
+Two details stay torchvision's: the box loss is smooth L1 (beta 1/9), not L1, and RoIAlign reads 2x2 points per bin
+without `aligned`, not an adaptive number of points.
+"""
 
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -32,8 +36,8 @@ def mask_rcnn(
     last one in eval mode, with the longer side at most `max_size`.
 
     The pyramid and the convolutions of the heads have `channels` channels, the box head's linear layers `hidden`.
-    Anchors on the level of stride s have an area of (`anchor_scale` s)^2; in training `proposals` boxes per
-    image go to the heads and `rois` of them are sampled; in eval mode `detections` are kept.
+    Anchors on the level of stride s have an area of (`anchor_scale` s)^2. In training the heads get `proposals` boxes
+    per image and sample `rois` of them; in eval mode at most `detections` objects per image are kept.
     """
     model = MaskRCNN(
         with_fpn(features, channels),

@@ -23,9 +23,9 @@ BACKBONES = ("convnext_", "road:")
 def create_dense_model(name: str, recipe: DenseRecipe, num_classes: int, pretrained: str | None = None) -> nn.Module:
     """Return the network called `name`, "<head>:<backbone>", such as "upernet:convnext_tiny" or "fcn:road:resnet50".
 
-    The head is one of `HEADS`, the backbone convnext_<variant> or road:<step>. `pretrained` has the backbone's weights:
-    a run's checkpoint, a folder in Hugging Face's layout, or, for a ConvNeXt, a tag of the official release as in22k.
-    Raises ValueError for other names and weights, FileNotFoundError for a missing file.
+    The head is one of `HEADS`, the backbone convnext_<variant> or road:<step>. `pretrained` names the backbone's
+    weights: a run's checkpoint, a folder in Hugging Face's layout, or, for a ConvNeXt, a tag of the official release
+    such as in22k. Raises ValueError for other names and weights, FileNotFoundError for a missing file.
     """
     head, _, backbone = name.partition(":")
     if head not in HEADS or not backbone.startswith(BACKBONES):

@@ -1,7 +1,7 @@
 """Train a detector or a segmentation network: `python -m convnext_min.dense.train --task nuclei --head mask_rcnn`.
 
-The run is the trainer's, as for classification: `torchrun` for several processes, Ctrl-C and SIGTERM save, `--resume`
-continues, and log.csv, checkpoint.pt, best.pt and summary.json are in the output folder.
+A run works as for classification: `torchrun` starts several processes, Ctrl-C and SIGTERM save and stop, and `--resume`
+continues. The output folder gets log.csv, checkpoint.pt, best.pt and summary.json.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Semantic segmentation: UperNet (Xiao et al., 2018) as the paper uses it (Tables 4 and 7), and a plain head.
 
-UperNet's decoder is segmentation-models-pytorch's: it takes feature maps of any backbone, whereas transformers' needs a
-configuration and a backbone of its own. Its layers are MMSegmentation's, which the paper used, to the last weight.
+UperNet's decoder is that of segmentation-models-pytorch, which takes the feature maps of any backbone. It has the same
+layers as the decoder of MMSegmentation, which the paper used.
 """
 
 import torch
@@ -33,8 +33,9 @@ class Segmenter(nn.Module):
     """A segmentation network: a list of images (3, H, W) in 0..1 to a list of logits (classes, H, W).
 
     Images may differ in size; they are normalized, and padded to a common multiple of 32. In training it takes a list
-    of targets with "labels" (H, W), int64, where `IGNORED` counts for nothing, and returns a dict of losses.
-    `head` maps the levels C2..C5 to logits at any size; with `auxiliary`, an FCN head on C4 helps in training.
+    of targets with "labels" (H, W), int64, and returns a dict of losses, to which pixels labelled `IGNORED` do not
+    contribute. `head` maps the levels C2..C5 to logits of any height and width. With `auxiliary`, the loss of an FCN
+    head on C4 is added in training.
     """
 
     def __init__(self, features: ConvNeXtFeatures, head: nn.Module, num_classes: int, auxiliary: bool = False):
