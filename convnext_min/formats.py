@@ -13,7 +13,11 @@ State = dict[str, Tensor]
 
 
 class Names(NamedTuple):
-    """A library's names of ConvNeXt's layers; {i} is the stage, {b} the block, {j} 0 for a norm, 1 for a conv."""
+    """A library's names of ConvNeXt's layers.
+
+    In a name, {i} is the stage, {b} the block, and {j} is 0 for a norm and 1 for a convolution; {even} is 2 i, {odd} is
+    2 i + 1.
+    """
 
     stem: tuple[str, str]  # convolution, norm
     downsample: str

@@ -52,7 +52,7 @@ def check_average_precision(answer) -> None:
     ):
         asked = f"average_precision({list(correct)}, {objects})"
         expect(answer(list(correct), objects), _coco_ap(correct, objects), asked, 1e-6, reveal=False)
-    solved("the mean over 101 recalls of the best precision that is still to come")
+    solved("the mean, over 101 recalls, of the largest precision at that recall or a higher one")
 
 
 def _coco_ap(correct: tuple[bool, ...], objects: int) -> float:

@@ -226,7 +226,7 @@ def cascade(image: Tensor, truth: Tensor, boxes: Sequence[Tensor], ious: Sequenc
         _frame(left, box, colour, linewidth=1.6)
         share = torch.stack([(values >= edge).float().mean() for edge in edges])
         right.plot(edges, 100 * share, color=colour, label=name)
-    right.set(xlabel="limit of the IoU with an object", ylabel="boxes that reach it (%)", xlim=(0, 1), ylim=(0, None))
+    right.set(xlabel="IoU threshold", ylabel="boxes that reach it (%)", xlim=(0, 1), ylim=(0, None))
     right.legend()
     return fig
 

@@ -736,7 +736,7 @@ def check_isotropic_parameters(answer) -> None:
             model = ConvNeXtIsotropic(depth=depth, dim=dim, patch_size=patch_size, num_classes=classes)
         asked = f"isotropic_parameters({depth}, {dim}, {patch_size}, {classes})"
         expect(answer(depth, dim, patch_size, classes), count_parameters(model), asked, reveal=False)
-    solved("down to the last bias")
+    solved("with all biases and norms")
 
 
 def check_attention_crossover(answer) -> None:
@@ -745,7 +745,7 @@ def check_attention_crossover(answer) -> None:
         sides = (side for side in itertools.count(1) if 2 * side**4 * dim > 12 * side**2 * dim**2)
         right = next(sides) * patch_size
         expect(answer(dim, patch_size), right, f"attention_crossover({dim}, {patch_size})", reveal=False)
-    solved("more than 6C vectors; at 224 px a ViT is far from it")
+    solved("from more than 6C vectors on; at 224 pixels a ViT has far fewer")
 
 
 def check_blocks_to_see_all(answer) -> None:
@@ -753,4 +753,4 @@ def check_blocks_to_see_all(answer) -> None:
     for side, kernel_size in ((14, 7), (12, 7), (7, 3), (14, 5), (1, 7)):
         right = next(n for n in itertools.count() if n * (kernel_size // 2) >= side - 1)
         expect(answer(side, kernel_size), right, f"blocks_to_see_all({side}, {kernel_size})", reveal=False)
-    solved("the receptive field covers the image early; what is far away still counts less")
+    solved("the receptive field covers the image after a few blocks, but distant vectors count less")

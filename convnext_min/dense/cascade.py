@@ -25,8 +25,8 @@ GIOU_WEIGHT = 10.0  # of the box loss, within a stage
 class CascadeRoIHeads(nn.Module):
     """Several `RoIHeads` in a row, in place of one: features and proposals to detections or losses.
 
-    In training each stage samples its boxes by its own limit of the IoU, and passes them on after moving them. In eval
-    mode scores and masks are means over the stages, and the boxes are those of the last stage.
+    In training each stage samples its boxes by its own threshold of the IoU, and passes them on after moving them. In
+    eval mode scores and masks are means over the stages, and the boxes are those of the last stage.
     """
 
     def __init__(self, stages: list[RoIHeads]):

@@ -118,7 +118,7 @@ def _same_size(image: Tensor, labels: Tensor, example: Example) -> None:
 
 
 def instances_target(masks: Tensor, labels: Tensor, iscrowd: Tensor | None = None) -> Target:
-    """Return the target of masks (n, H, W) that are not empty; boxes are tight; one pixel is 1 wide."""
+    """Return the target of masks (n, H, W) that are not empty, with the smallest box around each; a pixel is 1 wide."""
     boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])
     return {
         "boxes": tv_tensors.BoundingBoxes(boxes.view(-1, 4), format="XYXY", canvas_size=tuple(masks.shape[1:])),
@@ -129,7 +129,7 @@ def instances_target(masks: Tensor, labels: Tensor, iscrowd: Tensor | None = Non
 
 
 def read_instance_map(example: Example) -> tuple[Tensor, Target]:
-    """Return an image and the objects of one class in a map of their ids, where 0 is the background."""
+    """Return an image and its objects, all of one class, from a map of their ids, where 0 is the background."""
     image, ids = read_image(example.image), read_map(example.label)
     _same_size(image, ids, example)
     present = ids.unique()
@@ -299,7 +299,7 @@ class CocoReader:
 def shapes(split: str, root: None = None, instances: bool = True, number: int | None = None) -> DenseDataset:
     """Return drawn images of discs, squares and triangles on noise, with exact masks: 64 to train on, 16 to validate.
 
-    For classes of pixels the background is one of them, number 0.
+    With `instances` the targets are for detection, otherwise classes of pixels, of which 0 is the background.
     """
     number = number or {"train": 64}.get(split, 16)
     examples = [Example(f"drawn {split} {i}", (split != "train", i)) for i in range(number)]
