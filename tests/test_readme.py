@@ -79,6 +79,19 @@ def test_the_readme_has_the_ratios_of_the_benchmarks():
         assert f"| {network} | {processor} | {of_row['training']} | {of_row['inference']} |" in README
 
 
+def test_the_readmes_have_the_memory_of_every_implementation():
+    outcome = json.loads((RESULTS / "speed" / "memory-convnext_tiny-224px-batch8.json").read_text())
+    peaks = {name: f"{result['megabytes']:,}" for name, result in outcome["memory"].items()}
+    row = f"| convnext_tiny, 224 px, 8 images | {results.processor(outcome)} | {' | '.join(peaks.values())} |"
+    assert list(peaks) == ["convnext_min", "official", "timm", "torchvision"] and row in RECORD
+    sentence = (
+        "Training `convnext_tiny` at 224 px with 8 images takes {convnext_min} MB of memory at its peak with "
+        "`convnext_min.fast`, {official} with the official formulation, {timm} with timm and {torchvision} with "
+        "torchvision."
+    )
+    assert sentence.format(**peaks) in " ".join(README.split())
+
+
 def test_the_record_has_every_experiment_with_its_core_hours():
     rows = re.findall(r"^\| \[`([\w/]+)`\]\(([\w/]+)\) \|.*\| ([\d.]+) \|[^|]*\|$", RECORD, re.MULTILINE)
     listed = {name: hours for name, folder, hours in rows if name == folder}
