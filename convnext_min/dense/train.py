@@ -19,15 +19,14 @@ from convnext_min.dense.datasets import DATASETS, DenseDataset, Target, check, s
 from convnext_min.dense.evaluation import evaluate
 from convnext_min.dense.models import DETECTORS, HEADS, create_dense_model
 from convnext_min.dense.recipes import DenseRecipe
-from convnext_min.environment import environment, write_json
+from convnext_min.environment import write_json
 from convnext_min.measure import count_parameters
 from convnext_min.train import distributed
 from convnext_min.train.checkpoint import CheckpointManager, list_checkpoints
 from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command, run_config
 from convnext_min.train.device import choose_device
 from convnext_min.train.distributed import print_once
-from convnext_min.train.log import Log
-from convnext_min.train.loop import checkpoint_in, dry_run, load_resumed, stop, stop_requests, train_epoch
+from convnext_min.train.loop import checkpoint_in, dry_run, load_resumed, run_epochs, start_schedule, summarize
 from convnext_min.train.trainer import RunConfig, Trainer
 
 SHOWN_PROBLEMS = 20
@@ -41,6 +40,10 @@ class DenseTrainer(Trainer):
         super().__init__(*args, **kwargs)
         instances = self.batches.dataset.instances
         self.metrics = ("mask_ap", "mask_ap50", "box_ap", "box_ap50") if instances else ("miou",)
+
+    @property
+    def main_metric(self) -> str:
+        return self.metrics[0]
 
     def _check_outputs(self, name: str) -> None:
         self.model.train()
@@ -93,65 +96,35 @@ def train(
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train the network `name`, "<head>:<backbone>", and return it with its scores on `val_set`.
 
-    Takes the arguments and writes the files of `train.train`; `pretrained` is passed to `create_dense_model`.
+    Writes log.csv, TensorBoard's events, checkpoint.pt and the ones before it, best.pt and summary.json into the folder
+    `output`, if given. `pretrained` is passed to `create_dense_model`; the other arguments are those of `train.train`.
     """
     checkpoint = checkpoint_in(output, resume)
     trainer = prepare(name, recipe, train_set, seed, config, pretrained, checkpoint, workers)
     manager = CheckpointManager(checkpoint, trainer.config.keep, *trainer.config.interval)
     manager.start(trainer)
-    seconds = start_schedule(trainer, val_set, workers)
-    scores, folder = {}, checkpoint and checkpoint.parent
-    with stop_requests() as requests, Log(folder, trainer.step, trainer.config.wandb, trainer.identity) as log:
-        while trainer.progress < 1 and not trainer.clock.stopped:
-            train_epoch(trainer, requests, manager, None)
-            if trainer.progress >= 1 or trainer.step % len(trainer.batches) == 0:
-                scores = end_of_epoch(trainer, val_set, manager, log, seconds, workers)
-    if trainer.progress < 1:
-        stop(trainer, manager, requests)
+
+    def validate(row: dict[str, Any]) -> dict[str, float]:
+        scores = evaluate(trainer.eval_model, val_set, recipe, workers)
+        row |= scores
+        return scores
+
+    seconds = start_schedule(trainer, lambda: evaluation_seconds(trainer, val_set, workers))
+    scores = run_epochs(trainer, manager, validate, seconds)
     scores = scores or evaluate(trainer.eval_model, val_set, recipe, workers)
     print_once(f"\n{val_set.source}: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
-    if folder and distributed.rank() == 0:
-        write_summary(trainer, scores, val_set, folder)
+    if checkpoint and distributed.rank() == 0:
+        folder = checkpoint.parent
+        write_json(summarize(trainer, val_set.source, len(val_set), scores), folder / "summary.json")
+        print_once(f"Wrote {folder}: checkpoint.pt, best.pt, log.csv, summary.json, TensorBoard's events")
     return trainer.eval_model.eval(), scores
 
 
-def start_schedule(trainer: DenseTrainer, val_set: DenseDataset, workers: int) -> float:
-    """Start the clock of a timed run, and return the seconds that an evaluation takes; 0 for a run in epochs."""
-    if trainer.recipe.minutes is None:
-        return 0.0
+def evaluation_seconds(trainer: DenseTrainer, val_set: DenseDataset, workers: int) -> float:
+    """Return the seconds that an evaluation takes, estimated from a few images; the same in all processes."""
     few, started = min(len(val_set), 4 * distributed.world_size()), time.perf_counter()
     evaluate(trainer.eval_model, val_set, trainer.recipe, workers, few)
-    seconds = distributed.broadcast_object((time.perf_counter() - started) * len(val_set) / few)
-    trainer.clock.open_window(seconds, resumed=trainer.step > 0)
-    return seconds
-
-
-def end_of_epoch(
-    trainer: DenseTrainer, val_set: DenseDataset, manager: CheckpointManager, log: Log, seconds: float, workers: int
-) -> dict[str, float]:
-    """Evaluate if it is time to, log a row and save; return the scores, empty without an evaluation."""
-    recipe, scores, over = trainer.recipe, {}, trainer.progress >= 1
-    row = trainer.new_row()
-    due = recipe.evaluate_every and (trainer.step // len(trainer.batches)) % recipe.evaluate_every == 0
-    if over or (due and trainer.clock.has_time_for(2 * seconds)):
-        scores = evaluate(trainer.eval_model, val_set, recipe, workers)
-        row |= scores
-        manager.save_best(trainer, trainer.metrics[0])
-    row["seconds"] = round(trainer.clock.seconds, 1)
-    log.write(trainer.history)
-    manager.save(trainer, last=over)
-    trainer.clock.sync()
-    return scores
-
-
-def write_summary(trainer: DenseTrainer, scores: dict[str, float], val_set: DenseDataset, folder: Path) -> None:
-    """Write summary.json."""
-    summary = trainer.identity | {"validation": val_set.source, "images": len(val_set)} | scores
-    summary |= {"parameters": count_parameters(trainer.model), "steps": trainer.step}
-    summary |= {"seconds": round(trainer.clock.seconds, 1), "cpu_seconds": round(trainer.clock.cpu_seconds, 1)}
-    summary |= {"processes": distributed.world_size(), "micro_batch": trainer.micro_batch}
-    write_json(summary | environment(), folder / "summary.json")
-    print_once(f"Wrote {folder}: checkpoint.pt, best.pt, log.csv, summary.json, TensorBoard's events")
+    return distributed.broadcast_object((time.perf_counter() - started) * len(val_set) / few)
 
 
 def read_data(task: str, head: str, root: str | None) -> tuple[DenseDataset, DenseDataset]:
@@ -190,9 +163,9 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.train", description=__doc__)
     run = parser.add_argument_group("the run")
     run.add_argument("--task", required=True, choices=DATASETS, help="the images, and the recipe for them")
-    run.add_argument("--head", required=True, choices=HEADS)
+    run.add_argument("--head", required=True, choices=HEADS, help="the detector or segmentation head")
     run.add_argument("--backbone", default="convnext_atto", help="convnext_<variant> or road:<step>")
-    run.add_argument("--pretrained", metavar="WEIGHTS", help="of the backbone: a run's checkpoint, or a tag as in22k")
+    run.add_argument("--pretrained", metavar="WEIGHTS", help="the backbone's: a checkpoint, or a tag such as in22k")
     run.add_argument("--data", help="the folder of the images")
     run.add_argument("--workers", type=int, default=0, metavar="N", help="data-loading processes per GPU")
     length = run.add_mutually_exclusive_group()

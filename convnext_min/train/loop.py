@@ -1,6 +1,7 @@
 """The training loop: prepare a run, train it epoch by epoch, and write its results."""
 
 import contextlib
+import functools
 import shutil
 import signal
 import tempfile
@@ -40,6 +41,7 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
     STOP_CODES[signal.SIGUSR1] = 75
 
 AfterStep = Callable[[Trainer], Any]
+Validate = Callable[[dict[str, Any]], Any]  # evaluates, writes metrics into a row of the log, and returns the result
 
 
 class History(NamedTuple):
@@ -86,22 +88,13 @@ def train(
     trainer, val_batches = prepare(model, recipe, train_set, val_set, seed, config, start, checkpoint)
     manager = CheckpointManager(checkpoint, trainer.config.keep, *trainer.config.interval)
     manager.start(trainer)
-    eval_seconds = start_schedule(trainer, val_batches)
-
-    result = None
-    folder = checkpoint and checkpoint.parent
-    with stop_requests() as requests, Log(folder, trainer.step, trainer.config.wandb, trainer.identity) as log:
-        while trainer.progress < 1 and not trainer.clock.stopped:
-            result = None  # belonged to an earlier epoch
-            train_epoch(trainer, requests, manager, after_step)
-            if trainer.progress >= 1 or trainer.step % len(trainer.batches) == 0:
-                result = end_of_epoch(trainer, val_batches, manager, log, eval_seconds)
-    if trainer.progress < 1:
-        stop(trainer, manager, requests)
+    eval_seconds = start_schedule(trainer, lambda: evaluation_seconds(trainer.eval_model, val_batches, recipe.amp))
+    validate = functools.partial(validate_classifier, trainer, val_batches)
+    result = run_epochs(trainer, manager, validate, eval_seconds, after_step)
     result = result or evaluate(trainer.eval_model, val_batches, recipe.amp)
     report(trainer, result, val_batches.classes)
-    if folder and distributed.rank() == 0:
-        write_summary(trainer, result, val_batches.source, folder)
+    if checkpoint and distributed.rank() == 0:
+        write_summary(trainer, result, val_batches.source, checkpoint.parent)
     return History(trainer.history, trainer.eval_model.eval(), result.predictions, result.top1)
 
 
@@ -174,16 +167,39 @@ def load_resumed(trainer: Trainer, checkpoint: Path) -> None:
         checkpoint.replace(checkpoint.with_suffix(".broken"))  # else the next rotation would delete a good one
 
 
-def start_schedule(trainer: Trainer, val_batches: Data) -> float:
+def start_schedule(trainer: Trainer, time_evaluation: Callable[[], float]) -> float:
     """Start the clock of a timed run, and return the seconds that an evaluation takes; 0 for a run in epochs."""
     if trainer.recipe.minutes is None:
         return 0.0
-    seconds = evaluation_seconds(trainer.eval_model, val_batches, trainer.recipe.amp)
+    seconds = time_evaluation()
     trainer.clock.open_window(seconds, resumed=trainer.step > 0)
     return seconds
 
 
 # ---- The epochs
+
+
+def run_epochs(
+    trainer: Trainer,
+    manager: CheckpointManager,
+    validate: Validate,
+    eval_seconds: float,
+    after_step: AfterStep | None = None,
+) -> Any:
+    """Train to the end of the run, and return what `validate` returned there; None if the run was complete before.
+
+    Raises Stopped, after saving, on a request to stop.
+    """
+    result = None
+    folder = manager.path and manager.path.parent
+    with stop_requests() as requests, Log(folder, trainer.step, trainer.config.wandb, trainer.identity) as log:
+        while trainer.progress < 1 and not trainer.clock.stopped:
+            train_epoch(trainer, requests, manager, after_step)
+            if trainer.progress >= 1 or trainer.step % len(trainer.batches) == 0:
+                result = end_of_epoch(trainer, validate, manager, log, eval_seconds)
+    if trainer.progress < 1:
+        stop(trainer, manager, requests)
+    return result
 
 
 def train_epoch(
@@ -217,23 +233,32 @@ def train_epoch(
 
 
 def end_of_epoch(
-    trainer: Trainer, val_batches: Data, manager: CheckpointManager, log: Log, eval_seconds: float
-) -> Evaluation | None:
-    """Evaluate if it is time to, log a row and save; return the evaluation, if any."""
-    recipe, result, over = trainer.recipe, None, trainer.progress >= 1
-    epochs = trainer.step // len(trainer.batches)
+    trainer: Trainer, validate: Validate, manager: CheckpointManager, log: Log, eval_seconds: float
+) -> Any:
+    """Evaluate if it is time to, log a row and save; return the result of the evaluation, if any."""
+    result, over, every = None, trainer.progress >= 1, trainer.recipe.evaluate_every
     row = trainer.new_row()
-    due = recipe.evaluate_every and epochs % recipe.evaluate_every == 0
+    due = every and (trainer.step // len(trainer.batches)) % every == 0
     if over or (due and trainer.clock.has_time_for(2 * eval_seconds)):
-        result = evaluate(trainer.eval_model, val_batches, recipe.amp)
-        row |= {"ema_top1" if trainer.ema else "top1": result.top1, "val_loss": result.loss}
-        if trainer.ema and not (over and recipe.minutes):
-            row["top1"] = evaluate(trainer.model, val_batches, recipe.amp).top1
-        manager.save_best(trainer, "ema_top1" if trainer.ema else "top1")
+        result = validate(row)
+        manager.save_best(trainer, trainer.main_metric)
     row["seconds"] = round(trainer.clock.seconds, 1)
     log.write(trainer.history)
     manager.save(trainer, last=over)
     trainer.clock.sync()
+    return result
+
+
+def validate_classifier(trainer: Trainer, val_batches: Data, row: dict[str, Any]) -> Evaluation:
+    """Evaluate, write the metrics into `row`, and return the evaluation.
+
+    With an EMA the weights without it are evaluated too, except at the end of a timed run, where time is up.
+    """
+    recipe, over = trainer.recipe, trainer.progress >= 1
+    result = evaluate(trainer.eval_model, val_batches, recipe.amp)
+    row |= {trainer.main_metric: result.top1, "val_loss": result.loss}
+    if trainer.ema and not (over and recipe.minutes):
+        row["top1"] = evaluate(trainer.model, val_batches, recipe.amp).top1
     return result
 
 
@@ -289,11 +314,19 @@ def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder:
     arrays = {"predictions": result.predictions.numpy(), "labels": result.labels.numpy()}
     with atomic_write(folder / PREDICTIONS, "wb") as file:
         np.savez_compressed(file, **{name: values.astype(np.uint16) for name, values in arrays.items()})
-    summary = {
+    scores = {"top1": result.top1}  # a fraction
+    write_json(summarize(trainer, validation, len(result.labels), scores), folder / "summary.json")
+    training_curve(trainer.history).savefig(folder / "curve.png", dpi=150)
+    print_once(f"Wrote {folder}: {CHECKPOINT}, log.csv, curve.png, summary.json, {PREDICTIONS}, TensorBoard's events")
+
+
+def summarize(trainer: Trainer, validation: str, images: int, scores: dict[str, float]) -> dict[str, Any]:
+    """Return the contents of summary.json: the run, its `scores` on the validation images, its cost, the machine."""
+    return {
         **trainer.identity,
         "validation": validation,
-        "images": len(result.labels),
-        "top1": result.top1,  # a fraction
+        "images": images,
+        **scores,
         "parameters": count_parameters(trainer.model),
         "steps": trainer.step,
         "seconds": round(trainer.clock.seconds, 1),
@@ -302,9 +335,6 @@ def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder:
         "micro_batch": trainer.micro_batch,
         **environment(),
     }
-    write_json(summary, folder / "summary.json")
-    training_curve(trainer.history).savefig(folder / "curve.png", dpi=150)
-    print_once(f"Wrote {folder}: {CHECKPOINT}, log.csv, curve.png, summary.json, {PREDICTIONS}, TensorBoard's events")
 
 
 # ---- A trial

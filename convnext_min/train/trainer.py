@@ -192,6 +192,11 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     @property
+    def main_metric(self) -> str:
+        """Return the column of the log whose highest value decides which weights best.pt has."""
+        return "ema_top1" if self.ema else "top1"
+
+    @property
     def progress(self) -> float:
         """Return the completed fraction of the run, from 0 to 1."""
         return self.clock.progress(self.step)
