@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from convnext_min.data import Batches, ImageSet
 from convnext_min.recipes import Recipe
-from convnext_min.train import RunConfig, clock, create_model, loop, train
+from convnext_min.train import RunConfig, clock, create_model, distributed, loop, train
 from convnext_min.train.checkpoint import load_checkpoint
 
 
@@ -278,3 +279,12 @@ def test_a_network_of_ones_own_is_trained_in_place(images):
     history = train(model, replace(TINY, ema_decay=0.0), images, images)
     assert history.model is model and not torch.equal(before, model[0].weight)
     assert history.rows[-1]["ema_top1"] is None and history.rows[-1]["top1"] == history.top1
+
+
+def test_processes_that_find_different_checkpoints_are_told_to_share_the_folder(monkeypatch):
+    trainer, checkpoint = SimpleNamespace(step=3), Path("runs/checkpoint.pt")
+    monkeypatch.setattr(distributed, "all_gather_object", lambda step: [step, 3])
+    loop.check_same_step(trainer, checkpoint)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda step: [step, 0])
+    with pytest.raises(ValueError, match="runs must be a shared folder"):
+        loop.check_same_step(trainer, checkpoint)

@@ -26,7 +26,15 @@ from convnext_min.train.checkpoint import CheckpointManager, list_checkpoints
 from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command, run_config
 from convnext_min.train.device import choose_device
 from convnext_min.train.distributed import print_once
-from convnext_min.train.loop import checkpoint_in, dry_run, load_resumed, run_epochs, start_schedule, summarize
+from convnext_min.train.loop import (
+    check_same_step,
+    checkpoint_in,
+    dry_run,
+    load_resumed,
+    run_epochs,
+    start_schedule,
+    summarize,
+)
 from convnext_min.train.trainer import RunConfig, Trainer
 
 SHOWN_PROBLEMS = 20
@@ -77,6 +85,7 @@ def prepare(
     trainer.identity["start"] = pretrained
     if resumes:
         load_resumed(trainer, checkpoint)
+    check_same_step(trainer, checkpoint)
     print_once(f"{name}, {count_parameters(trainer.model):,} parameters, {trainer}")
     print_once(train_set.source + (f"; continuing at iteration {trainer.step:,}" if trainer.step else ""))
     return trainer

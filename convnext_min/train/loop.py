@@ -136,8 +136,7 @@ def prepare(
     trainer.identity["start"] = start and str(start.path)
     if resumes:
         load_resumed(trainer, checkpoint)
-    if len(set(distributed.all_gather_object(trainer.step))) > 1:
-        raise ValueError(f"the processes find different checkpoints: {checkpoint.parent} must be a shared folder")
+    check_same_step(trainer, checkpoint)
     print_once(f"{name}, {count_parameters(trainer.model):,} parameters, {trainer}")
     print_once(f"{train_batches.source}; {val_batches.source}")
     if trainer.step:
@@ -165,6 +164,12 @@ def load_resumed(trainer: Trainer, checkpoint: Path) -> None:
     distributed.all_gather_object(None)  # all processes have read it
     if found != checkpoint and checkpoint.exists() and distributed.rank() == 0:
         checkpoint.replace(checkpoint.with_suffix(".broken"))  # else the next rotation would delete a good one
+
+
+def check_same_step(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Raise ValueError if the processes found different checkpoints, or some of them none."""
+    if len(set(distributed.all_gather_object(trainer.step))) > 1:
+        raise ValueError(f"the processes find different checkpoints: {checkpoint.parent} must be a shared folder")
 
 
 def start_schedule(trainer: Trainer, time_evaluation: Callable[[], float]) -> float:
