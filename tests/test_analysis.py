@@ -53,6 +53,14 @@ def test_a_difference_is_in_points_and_uses_all_seeds():
     assert wider.high - wider.value == pytest.approx(3.189 * (1 / 3 + 1 / 4) ** 0.5, abs=1e-3)
 
 
+def test_an_interaction_is_the_difference_of_two_gains_with_the_error_of_four_means():
+    cells = [made(0.5, 3, seed=1), made(0.6, 2, seed=2)], [made(0.4, 3, seed=3), made(0.7, 5, seed=4)]
+    interval = analysis.interaction(*cells, analysis.Scatter(1.0, 30))
+    (a, b), (c, d) = ([100 * right.mean() for right in pair] for pair in cells)
+    assert interval.value == pytest.approx(d - c - b + a)
+    assert interval.high - interval.value == pytest.approx(2.042 * (1 / 3 + 1 / 2 + 1 / 3 + 1 / 5) ** 0.5, abs=1e-3)
+
+
 def test_scatter_is_pooled_over_trials_by_their_degrees_of_freedom():
     one = np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)  # 25% and 75%: variance 1250
     three = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]], bool)  # variance 625

@@ -1,25 +1,12 @@
 """Tables and figures of results say what the files say."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
-from matplotlib.container import BarContainer
+from recorded import IMAGES, write_csv, write_experiment
 
-from convnext_min import paper
-from convnext_min.book import analysis, result_figures, results
-from convnext_min.roadmap import STEPS
-
-IMAGES = 200
-
-
-def write_csv(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+from convnext_min.book import result_figures, results
 
 
 @pytest.fixture
@@ -209,135 +196,6 @@ def test_confusions_count_images_of_a_class_by_their_answer():
         ((0, 2), "1"),
     }
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
-
-
-# ---- The road
-
-
-@pytest.fixture
-def road(folder):
-    """Runs of every step with two seeds, each step 10 images of 2,000 better than the one before."""
-    labels = np.arange(2000) % 10
-    answers, rows = {}, []
-    for i, step in enumerate(STEPS):
-        for seed in range(2):
-            right = np.arange(2000) < 1000 + 10 * i
-            answers[f"{step}/{seed}"] = np.where(right, labels, labels + 1)
-            rows.append({"trial": step, "seed": seed, "cpu_seconds": 60 * (i + 1)})
-    write_csv(folder / "convnext_init/road" / "runs.csv", rows)
-    np.savez(folder / "convnext_init/road" / "predictions.npz", labels=labels, **answers)
-
-
-def test_the_road_is_compared_step_by_step_with_the_paper(road):
-    table = result_figures.road_results()
-    first, second, *_, last = table.rows
-    assert table.header[1] == "top-1 (%), 2 seeds"
-    assert first == ("ResNet-50", "50.0\xa0±\xa00.0", "", "")
-    assert second[:2] == ("stage ratio", "50.5\xa0±\xa00.0")
-    assert second[2].startswith("+0.5 (") and second[3] == "+0.54"
-    assert last[0] == "separate downsampling" and last[3] == "+0.50"
-    (gelu,) = result_figures.road_results("gelu").rows
-    assert gelu[2].startswith("+1.5 (") and gelu[3] == "+0.05"  # after kernel 7, three steps earlier
-
-
-def bars(ax):
-    """The widths of the bars of each kind by the number of their row."""
-    return [
-        {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in kind}
-        for kind in ax.containers
-        if isinstance(kind, BarContainer)
-    ]
-
-
-def test_bars_of_the_road_are_gains_over_resnet50(road):
-    (ax,) = result_figures.road_gains().axes
-    theirs, ours = bars(ax)
-    assert theirs[15] == pytest.approx(81.97 - 78.82) and theirs[0] == 0
-    assert ours == pytest.approx({i: 0.5 * i for i in range(16)})
-    dots = [line for line in ax.lines if line.get_marker() == "o"]
-    assert [list(line.get_xdata()) for line in dots] == [pytest.approx([0.5 * i] * 2) for i in range(16)]
-
-
-def test_a_road_step_without_a_published_row_has_our_numbers_alone(road, monkeypatch):
-    monkeypatch.setattr(paper, "TABLE10", {slug: row for slug, row in paper.TABLE10.items() if slug != "kernel9"})
-    (kernel9,) = result_figures.road_results("kernel9").rows
-    assert kernel9[:2] == ("kernel9", "54.5\xa0±\xa00.0") and kernel9[2].startswith("+0.5 (") and kernel9[3] == ""
-    row = list(STEPS).index("kernel9")
-    theirs, ours = bars(*result_figures.road_gains().axes)
-    assert len(theirs) == 15 and row not in theirs
-    assert ours[row] == pytest.approx(0.5 * row)
-    right = analysis.correct(result_figures.ROAD)
-    assert analysis.sign_agreement(analysis.changes(right)).total == 13  # of 15: kernel11 follows kernel9
-    assert np.isfinite(analysis.rank_agreement(right).value)
-
-
-def test_each_network_of_the_road_is_a_dot_at_its_time_and_accuracy(road):
-    (ax,) = result_figures.road_costs().axes
-    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
-    assert dots == [(i + 1, pytest.approx(50 + 0.5 * i)) for i in range(16)]
-    assert ax.texts[0].get_text() == "ResNet-50"
-
-
-def ends(folder, experiment, conditions):
-    """Runs under each condition: ConvNeXt is right on 100 of 1,000 images more than ResNet-50, with fan-in on 150."""
-    labels, answers, rows = np.zeros(1000), {}, []
-    for i, condition in enumerate(conditions):
-        for end, more in (("resnet50", 0), ("convnext", 100), ("convnext, fan-in init", 150)):
-            rows.append({"trial": f"{end}, {condition}", "seed": 0})
-            answers[f"{end}, {condition}/0"] = (np.arange(1000) >= 400 + 100 * i + more).astype(int)
-    write_csv(folder / experiment / "runs.csv", rows)
-    np.savez(folder / experiment / "predictions.npz", labels=labels, **answers)
-
-
-def test_the_grid_has_a_line_for_each_network(folder):
-    ends(folder, "convnext_init/recipe_by_architecture", ("road-classic", "road"))
-    ax = result_figures.recipe_grid().axes[0]
-    lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
-    assert lines == {"ResNet-50": pytest.approx([40, 50]), "ConvNeXt": pytest.approx([50, 60])}
-
-
-def test_the_recipes_are_compared_by_learning_rate_loss_and_time(folder):
-    experiment = "convnext_init/recipe_by_architecture"
-    curves = [
-        {"trial": f"{end}, {recipe}", "seed": seed, "epoch": 1, "train_loss": 1 + seed}
-        for end in ("resnet50", "convnext")
-        for recipe in ("road-classic", "road")
-        for seed in range(2)
-    ]
-    write_csv(folder / experiment / "curves.csv", curves)
-    classic, small = result_figures.loss_by_recipe().axes
-    assert classic.get_title() == "classic recipe" and [line.get_ydata()[0] for line in small.lines] == [1.5, 1.5]
-    write_csv(folder / experiment / "runs.csv", [row | {"cpu_seconds": 60 * row["train_loss"]} for row in curves])
-    assert result_figures.times_by_recipe().rows[1] == ("small-run recipe", "1.5", "1.5")
-    trials = ("resnet50, 0.1, classic", "resnet50, 0.002", "resnet50, 0.004", "inverted, 0.001")
-    answers = {f"{trial}/0": (np.arange(100) >= 10 * i).astype(int) for i, trial in enumerate(trials)}
-    write_csv(folder / "sweep" / "runs.csv", [{"trial": trial, "seed": 0} for trial in trials])
-    np.savez(folder / "sweep" / "predictions.npz", labels=np.zeros(100), **answers)
-    classic, small = result_figures.learning_rate_sweep("sweep").axes
-    assert classic.lines[0].get_xdata()[0] == pytest.approx(0.025)  # 0.1 for 256 images, and the batch has 64
-    assert dict(zip(*(list(line) for line in small.lines[0].get_data()))) == pytest.approx({0.002: 10, 0.004: 20})
-    assert [text.get_text() for text in small.texts] == ["inverted bottleneck"]  # tried at one learning rate
-
-
-def test_fractions_are_drawn_over_the_part_of_the_images(folder):
-    ends(folder, "convnext_init/data_and_length", ("10% of the images", "all images"))
-    ax = result_figures.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
-    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
-    assert list(lines["ConvNeXt"].get_xdata()) == [10, 100]
-    assert list(lines["ConvNeXt"].get_ydata()) == pytest.approx([50, 60])
-    assert list(lines["ConvNeXt, fan-in init"].get_ydata()) == pytest.approx([55, 65])
-
-
-def write_experiment(folder, name, trials, images=IMAGES, **columns):
-    """Write runs.csv and predictions.npz: of `images` images, the runs of a trial get `trials[trial]` right."""
-    labels = np.arange(images) % 3
-    answers, rows = {"labels": labels}, []
-    for trial, counts in trials.items():
-        for seed, right in enumerate(counts):
-            answers[f"{trial}/{seed}"] = np.where(np.arange(images) < right, labels, labels + 1)
-            rows.append({"trial": trial, "seed": seed, "cpu_seconds": 60} | {k: f(trial) for k, f in columns.items()})
-    write_csv(folder / name / "runs.csv", rows)
-    np.savez(folder / name / "predictions.npz", **answers)
 
 
 def test_isotropic_networks_are_compared_at_the_rate_of_each(folder):

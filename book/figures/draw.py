@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from convnext_min.book import figures, result_figures
+from convnext_min.book import figures, road_figures
 
 FIGURES = {
     "road_resnet50.svg": lambda: figures.road("resnet50"),
     "road_resnet200.svg": lambda: figures.road("resnet200"),
-    "road_small.svg": result_figures.road_gains,
+    "road_small.svg": road_figures.gains,
 }
 
 

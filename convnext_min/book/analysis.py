@@ -79,6 +79,15 @@ def correct(experiment: str) -> dict[str, Correct]:
     }
 
 
+def recipe_by_architecture() -> dict[str, Correct]:
+    """Return the correctness of both ends of the road by "<end>, <recipe>", recipes "road-classic" and "road".
+
+    The runs with the recipe "road" are the road's own.
+    """
+    road = correct("road")
+    return correct("recipe_by_architecture") | {f"{end}, road": road[end] for end in ("resnet50", "convnext")}
+
+
 def by_seed(right: Correct) -> np.ndarray:
     """Return the top-1 of each run in percent, (seeds,)."""
     return 100 * right.mean(1)
@@ -113,6 +122,15 @@ def difference(before: Correct, after: Correct, pooled: Scatter | None = None, c
     error = pooled.std * (1 / len(before) + 1 / len(after)) ** 0.5
     half = t.ppf(1 - 0.025 / comparisons, pooled.freedom) * error
     return Interval(gap, gap - half, gap + half)
+
+
+def interaction(first: tuple[Correct, Correct], second: tuple[Correct, Correct], pooled: Scatter) -> Interval:
+    """Return the gain from before to after in `second` minus the gain in `first`, in points, with a t interval."""
+    (a, b), (c, d) = ([by_seed(right).mean() for right in pair] for pair in (first, second))
+    error = pooled.std * sum(1 / len(right) for right in (*first, *second)) ** 0.5
+    half = t.ppf(0.975, pooled.freedom) * error
+    value = (d - c) - (b - a)
+    return Interval(value, value - half, value + half)
 
 
 def _over_images(before: np.ndarray, after: np.ndarray) -> Interval:

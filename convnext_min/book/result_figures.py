@@ -1,4 +1,4 @@
-"""Figures and tables of the committed experiments (book/results), next to the paper's numbers where it has them."""
+"""Figures and tables of the recorded trainings on Imagenette and of the speed measurements (book/results)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,135 +8,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.measure import count_macs, count_parameters
-from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import STEPS
 from convnext_min.train import models
-
-ROAD = "convnext_init/road"  # the experiment that the pages show
-ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
-NETWORKS = ENDS | {"convnext, fan-in init": ("ConvNeXt, fan-in init", PURPLE)}
-
-
-def _label(slug: str) -> str:
-    """Return the paper's label of a road step, or the slug itself if Table 10 lacks the step."""
-    return paper.TABLE10[slug].label if slug in paper.TABLE10 else slug
-
-
-def road_results(*slugs: str) -> Table:
-    """Return our top-1 at steps of the road with its spread, and the change from the step before, ours and the paper's.
-
-    The intervals hold for all steps of the road at once. A step that Table 10 lacks has its slug as its label.
-    """
-    right = analysis.correct(ROAD)
-    changes = analysis.changes(right)
-    rows = []
-    for slug in slugs or STEPS:
-        change = analysis.published_change(slug)
-        published = "" if change is None else f"{change:+.2f}"
-        rows.append((_label(slug), analysis.top1(right[slug]), changes.get(slug, ""), published))
-    seeds = " or ".join(str(count) for count in sorted({len(right[slug]) for slug in slugs or STEPS}))
-    return table(("step", f"top-1 (%), {seeds} seeds", "change (95%, all steps)", "paper"), rows)
-
-
-def road_gains() -> Figure:
-    """Draw top-1 of each step minus ResNet-50's, the paper's and ours on one axis; each of our runs is a dot.
-
-    Error bars: one standard deviation over seeds for the paper; for ours, 95% intervals that hold for all steps at
-    once. A step that Table 10 lacks has no bar of the paper.
-    """
-    right = analysis.correct(ROAD)
-    steps = [slug for slug in STEPS if slug in right]
-    fig, ax = figure(6.4)
-    y = np.arange(len(steps))
-    published = {i: paper.TABLE10[slug] for i, slug in enumerate(steps) if slug in paper.TABLE10}
-    gains = [row.top1 - published[0].top1 for row in published.values()]
-    error = {"ecolor": INK, "error_kw": {"elinewidth": 1.2}}
-    label = "paper: ImageNet, 3 seeds ± standard deviation"
-    spread = [row.std for row in published.values()]
-    ax.barh([i - 0.21 for i in published], gains, xerr=spread, height=0.36, color=ORANGE, label=label, **error)
-    first, pooled = right[steps[0]], analysis.scatter(right)
-    ours = [analysis.difference(first, right[slug], pooled, len(steps) - 1) for slug in steps]
-    errors = [(i.high - i.low) / 2 if slug != steps[0] else 0 for i, slug in zip(ours, steps)]
-    label, values = "here: Imagenette, small networks, 95% interval", [i.value for i in ours]
-    ax.barh(y + 0.21, values, xerr=errors, height=0.36, color=BLUE, alpha=0.55, label=label, **error)
-    for row, slug in zip(y, steps):
-        dots = analysis.by_seed(right[slug]) - analysis.by_seed(first).mean()
-        ax.plot(dots, np.full(len(dots), row + 0.21), "o", color="white", mec=INK, markersize=3.5, zorder=3)
-    ax.set_yticks(y, [_label(slug) for slug in steps])
-    ax.set_ylim(len(steps) - 0.4, -0.6)
-    ax.set_xlabel("top-1 minus ResNet-50's (points)")
-    ax.axvline(0, color=GREY, linewidth=0.8)
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
-    ax.grid(axis="x", color="#eeeeee")
-    ax.set_axisbelow(True)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center")
-    return fig
-
-
-def road_costs() -> Figure:
-    """Plot top-1 of the small runs against the measured time of a run: one dot per step of the road."""
-    right = analysis.correct(ROAD)
-    rows = results.rows(f"{ROAD}/runs.csv")
-    fig, ax = figure(3.4)
-    places = {"resnet50": (8, 4), "convnext": (8, -4), "depthwise": (8, -4), "inverted": (-8, 8), "fewer_acts": (8, 4)}
-    for slug in STEPS:
-        if slug not in right:
-            continue
-        minutes = float(np.median([float(row["cpu_seconds"]) for row in rows if row["trial"] == slug])) / 60
-        mean, std = analysis.top1(right[slug])
-        color = ENDS[slug][1] if slug in ENDS else GREY
-        ax.errorbar(minutes, mean, yerr=std, fmt="o", color=color, markersize=6, elinewidth=1.2)
-        if slug in places:
-            side = "right" if slug == "inverted" else "left"
-            name = ENDS[slug][0] if slug in ENDS else _label(slug)
-            ax.annotate(name, (minutes, mean), places[slug], textcoords="offset points", ha=side)
-    ax.margins(x=0.12, y=0.12)
-    ax.set_xlabel("time of a run (core-minutes)")
-    ax.set_ylabel("Imagenette top-1 (%)")
-    return fig
-
-
-def recipe_grid() -> Figure:
-    """Plot ResNet-50 and ConvNeXt with the classic and the small-run recipe: a dot per run, lines join the means."""
-    right = analysis.correct("convnext_init/recipe_by_architecture")
-    fig, ax = figure(3.2)
-    names = {"road-classic": "classic recipe\n(SGD, steps)", "road": "small-run recipe\n(AdamW, cosine)"}
-    for shift, (slug, (label, color)) in zip((-0.03, 0.03), ENDS.items()):
-        cells = [100 * right[f"{slug}, {name}"].mean(1) for name in names]
-        ax.plot(
-            [shift, 1 + shift], [cell.mean() for cell in cells], color=color, label=label, marker="_", markersize=16
-        )
-        for i, cell in enumerate(cells):
-            ax.plot(np.full(len(cell), i + shift), cell, "o", color=color, alpha=0.6, markersize=5)
-    ax.set_xticks([0, 1], names.values())
-    ax.set_xlim(-0.5, 1.5)
-    ax.set_ylabel("Imagenette top-1 (%)")
-    ax.legend()
-    return fig
-
-
-def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
-    """Plot top-1 of each network in data_and_length over the share of the images: (condition, fraction) per point."""
-    right = analysis.correct("convnext_init/data_and_length")
-    fig, ax = figure(3.2)
-    for slug, (label, color) in NETWORKS.items():
-        points = [(100 * fraction, 100 * right[f"{slug}, {name}"].mean(1)) for name, fraction in fractions]
-        ax.plot([x for x, _ in points], [values.mean() for _, values in points], color=color, label=label)
-        for x, values in points:
-            ax.plot(np.full(len(values), x), values, "o", color=color, alpha=0.6, markersize=5)
-    ax.set_xscale("log")
-    ax.set_xticks([100 * fraction for _, fraction in fractions], [f"{100 * fraction:g}%" for _, fraction in fractions])
-    ax.minorticks_off()
-    ax.set_xlabel("part of the 9,469 training images")
-    ax.set_ylabel("Imagenette top-1 (%)")
-    ax.legend()
-    return fig
-
 
 # Training on Imagenette
 
@@ -455,82 +330,12 @@ def errors_in_common(wrong: np.ndarray) -> Figure:
     return fig
 
 
-# Recipe or architecture
-
-RECIPE_NAMES = {"road-classic": "classic recipe", "road": "small-run recipe"}
-SWEPT = {  # steps of the road in the search for learning rates
-    "resnet50": ("ResNet-50", ORANGE),
-    "inverted": ("inverted bottleneck", PURPLE),
-    "gelu": ("GELU", GREEN),
-    "convnext": ("ConvNeXt", BLUE),
-}
-
-
-def learning_rate_sweep(experiment: str = "convnext_init/lr_sweep") -> Figure:
-    """Plot held-out top-1 over the peak learning rate: a line per network, a panel per recipe, its own rate dashed.
-
-    A network that was tried at one rate is a dot with its name.
-    """
-    right = analysis.correct(experiment)
-    fig, axes = figure(3.2, 2, sharey=True)
-    for ax, (name, title) in zip(axes, RECIPE_NAMES.items()):
-        recipe, classic = RECIPES[name], name == "road-classic"
-        rates = set()
-        for slug, (label, color) in SWEPT.items():
-            tried = {}
-            for trial in right:
-                step, rate, *_ = trial.split(", ")
-                if step == slug and trial.endswith(", classic") == classic:
-                    tried[float(rate) * recipe.batch_size / recipe.base_batch] = analysis.top1(right[trial]).mean
-            if tried:
-                ax.plot(*zip(*sorted(tried.items())), "o-", markersize=4, color=color, label=label)
-            if len(tried) == 1:
-                ((point, height),) = tried.items()
-                ax.annotate(label, (point, height), (-4, -16), textcoords="offset points", color=color)
-            rates |= set(tried)
-        ax.axvline(recipe.lr, color=GREY, linewidth=0.8, linestyle="--")
-        ax.set(title=title, xscale="log", xlabel="learning rate")
-        ax.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
-        ax.minorticks_off()
-        ax.margins(x=0.12)
-    axes[0].set_ylabel("held-out top-1 (%)")
-    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return fig
-
-
-def loss_by_recipe(experiment: str = "convnext_init/recipe_by_architecture") -> Figure:
-    """Plot the training loss of ResNet-50 and ConvNeXt over the epochs, the mean of their seeds: a panel per recipe."""
-    logs = curves(experiment)
-    fig, axes = figure(2.9, 2)
-    for ax, (recipe, title) in zip(axes, RECIPE_NAMES.items()):
-        for slug, (name, color) in ENDS.items():
-            made = [rows for (trial, _), rows in logs.items() if trial == f"{slug}, {recipe}"]
-            losses = [[row["train_loss"] for row in rows] for rows in made]  # (seeds, epochs)
-            epochs = [row["epoch"] for row in made[0]]
-            ax.plot(epochs, np.mean(losses, 0), "o-", markersize=3, color=color, label=name)
-        ax.set(title=title, xlabel="epoch", xticks=epochs[::2])
-    axes[0].set_ylabel("training loss")
-    axes[1].legend()
-    return fig
-
-
-def times_by_recipe(experiment: str = "convnext_init/recipe_by_architecture") -> Table:
-    """Return the mean time of a run of ResNet-50 and ConvNeXt with each recipe, in core-minutes."""
-    minutes: dict[str, list[float]] = {}
-    for row in results.rows(f"{experiment}/runs.csv"):
-        minutes.setdefault(row["trial"], []).append(float(row["cpu_seconds"]) / 60)
-    rows = [
-        (name, *(f"{mean(minutes[f'{slug}, {recipe}']):.1f}" for slug in ENDS)) for recipe, name in RECIPE_NAMES.items()
-    ]
-    return table(("core-minutes per run", *(name for name, _ in ENDS.values())), rows)
-
-
 # Without a pyramid
 
 ISOTROPIC = {"convnext": ("isotropic ConvNeXt", BLUE, "o"), "vit": ("ViT", ORANGE, "D")}
 
 
-def _by_value(experiment: str) -> dict[str, dict[float, analysis.Correct]]:
+def by_value(experiment: str) -> dict[str, dict[float, analysis.Correct]]:
     """Return the correctness of trials called "<name>, <value>" by name and value, a learning rate or a count."""
     found: dict[str, dict[float, analysis.Correct]] = {}
     for trial, right in analysis.correct(experiment).items():
@@ -543,7 +348,7 @@ def isotropic_rates() -> Figure:
     """Plot held-out top-1 of the two small isotropic networks over the learning rate: isotropic_lr."""
     fig, ax = figure(2.8)
     rates = set()
-    for network, by_rate in _by_value("isotropic_lr").items():
+    for network, by_rate in by_value("isotropic_lr").items():
         label, color, marker = ISOTROPIC[network]
         lrs = sorted(by_rate)
         rates |= by_rate.keys()
@@ -560,7 +365,7 @@ def isotropic_rates() -> Figure:
 def isotropic_table() -> Table:
     """Show the runs of the two small isotropic networks: size, cost, learning rate, top-1 with its spread, CPU time."""
     rows, runs = [], results.rows("isotropic/runs.csv")
-    for network, by_rate in _by_value("isotropic").items():
+    for network, by_rate in by_value("isotropic").items():
         with torch.device("meta"):
             model = models.ISOTROPIC[network](num_classes=10)
         size = f"{count_parameters(model) / 1e6:.2f}", f"{count_macs(model, 64) / 1e6:.0f}"
@@ -586,7 +391,7 @@ METHODS = {
 def few_images_curves() -> Figure:
     """Plot top-1 on three new classes over the images per class: a line through each method's means, a dot per run."""
     fig, ax = figure(3.4)
-    found = _by_value("few_images")
+    found = by_value("few_images")
     counts = sorted({count for by_count in found.values() for count in by_count})
     for method, (color, marker) in METHODS.items():
         by_count = found.get(method, {})
@@ -606,7 +411,7 @@ def few_images_curves() -> Figure:
 
 def few_images_table() -> Table:
     """Show top-1 of each method on three new classes, with its spread, and the value chosen on held-out images."""
-    found, runs = _by_value("few_images"), results.rows("few_images/runs.csv")
+    found, runs = by_value("few_images"), results.rows("few_images/runs.csv")
     values = {(run["method"], int(run["images_per_class"])): float(run["value"]) for run in runs}
     counts = sorted({count for by_count in found.values() for count in by_count})
     rows = []
@@ -625,7 +430,7 @@ def few_images_gains(base: str = "fine-tuning") -> Table:
 
     Runs of one seed have the same training images, so they are compared in pairs.
     """
-    found = _by_value("few_images")
+    found = by_value("few_images")
     counts = sorted(found[base])
 
     def gap(method: str, count: int) -> str:

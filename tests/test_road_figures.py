@@ -1,0 +1,164 @@
+"""Figures and tables of the small runs of the road say what the files say."""
+
+import numpy as np
+import pytest
+from matplotlib.container import BarContainer
+from recorded import write_csv, write_experiment
+
+from convnext_min import paper
+from convnext_min.book import analysis, results, road_figures
+from convnext_min.roadmap import STEPS
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def road(folder):
+    """Runs of every step with two seeds, each step 10 images of 2,000 better than the one before."""
+    labels = np.arange(2000) % 10
+    answers, rows = {}, []
+    for i, step in enumerate(STEPS):
+        for seed in range(2):
+            right = np.arange(2000) < 1000 + 10 * i
+            answers[f"{step}/{seed}"] = np.where(right, labels, labels + 1)
+            rows.append({"trial": step, "seed": seed, "cpu_seconds": 60 * (i + 1)})
+    write_csv(folder / "road" / "runs.csv", rows)
+    np.savez(folder / "road" / "predictions.npz", labels=labels, **answers)
+
+
+def test_the_road_is_compared_step_by_step_with_the_paper(road):
+    table = road_figures.by_step()
+    first, second, *_, last = table.rows
+    assert table.header[1] == "top-1 (%), 2 seeds"
+    assert first == ("ResNet-50", "50.0\xa0±\xa00.0", "", "")
+    assert second[:2] == ("stage ratio", "50.5\xa0±\xa00.0")
+    assert second[2].startswith("+0.5 (") and second[3] == "+0.54"
+    assert last[0] == "separate downsampling" and last[3] == "+0.50"
+    (gelu,) = road_figures.by_step("gelu").rows
+    assert gelu[2].startswith("+1.5 (") and gelu[3] == "+0.05"  # after kernel 7, three steps earlier
+
+
+def bars(ax):
+    """The widths of the bars of each kind by the number of their row."""
+    return [
+        {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in kind}
+        for kind in ax.containers
+        if isinstance(kind, BarContainer)
+    ]
+
+
+def test_bars_of_the_road_are_gains_over_resnet50(road):
+    (ax,) = road_figures.gains().axes
+    theirs, ours = bars(ax)
+    assert theirs[15] == pytest.approx(81.97 - 78.82) and theirs[0] == 0
+    assert ours == pytest.approx({i: 0.5 * i for i in range(16)})
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [pytest.approx([0.5 * i] * 2) for i in range(16)]
+
+
+def test_a_road_step_without_a_published_row_has_our_numbers_alone(road, monkeypatch):
+    monkeypatch.setattr(paper, "TABLE10", {slug: row for slug, row in paper.TABLE10.items() if slug != "kernel9"})
+    (kernel9,) = road_figures.by_step("kernel9").rows
+    assert kernel9[:2] == ("kernel9", "54.5\xa0±\xa00.0") and kernel9[2].startswith("+0.5 (") and kernel9[3] == ""
+    row = list(STEPS).index("kernel9")
+    theirs, ours = bars(*road_figures.gains().axes)
+    assert len(theirs) == 15 and row not in theirs
+    assert ours[row] == pytest.approx(0.5 * row)
+    right = analysis.correct("road")
+    assert analysis.sign_agreement(analysis.changes(right)).total == 13  # of 15: kernel11 follows kernel9
+    assert np.isfinite(analysis.rank_agreement(right).value)
+
+
+def test_each_network_of_the_road_is_a_dot_at_its_time_and_accuracy(road):
+    (ax,) = road_figures.costs().axes
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
+    assert dots == [(i + 1, pytest.approx(50 + 0.5 * i)) for i in range(16)]
+    assert ax.texts[0].get_text() == "ResNet-50"
+
+
+def ends(folder, experiment, conditions):
+    """Runs under each condition: ConvNeXt is right on 100 of 1,000 images more than ResNet-50, with fan-in on 150."""
+    labels, answers, rows = np.zeros(1000), {}, []
+    for i, condition in enumerate(conditions):
+        for end, more in (("resnet50", 0), ("convnext", 100), ("convnext, fan-in init", 150)):
+            rows.append({"trial": f"{end}, {condition}", "seed": 0})
+            answers[f"{end}, {condition}/0"] = (np.arange(1000) >= 400 + 100 * i + more).astype(int)
+    write_csv(folder / experiment / "runs.csv", rows)
+    np.savez(folder / experiment / "predictions.npz", labels=labels, **answers)
+
+
+def test_fractions_are_drawn_over_the_part_of_the_images(folder):
+    ends(folder, "convnext_init/data_and_length", ("10% of the images", "all images"))
+    ax = road_figures.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert list(lines["ConvNeXt, 0.02"].get_xdata()) == [10, 100]
+    assert list(lines["ConvNeXt, 0.02"].get_ydata()) == pytest.approx([50, 60])
+    assert list(lines["ConvNeXt, fan-in"].get_ydata()) == pytest.approx([55, 65])
+
+
+def test_both_recipes_are_compared_on_both_networks(folder):
+    trials = {"resnet50, road-classic": [40, 42], "convnext, road-classic": [50, 50]}
+    write_experiment(folder, "recipe_by_architecture", trials, 100)
+    write_experiment(folder, "road", {"resnet50": [60, 60], "gelu": [99], "convnext": [50, 54]}, 100)
+    ax = road_figures.recipe_grid().axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
+    assert lines == {"ResNet-50": pytest.approx([41, 60]), "ConvNeXt": pytest.approx([50, 52])}
+    for name, prefix in (("recipe_by_architecture", ", road-classic"), ("road", "")):
+        curves = [
+            {"trial": f"{end}{prefix}", "seed": seed, "epoch": 1, "train_loss": 1 + seed + len(prefix)}
+            for end in ("resnet50", "convnext")
+            for seed in range(2)
+        ]
+        write_csv(folder / name / "curves.csv", curves)
+    classic, small = road_figures.loss_by_recipe().axes
+    assert classic.get_title() == "classic recipe" and [line.get_ydata()[0] for line in classic.lines] == [15.5, 15.5]
+    assert [line.get_ydata()[0] for line in small.lines] == [1.5, 1.5]
+    times = [{"trial": end, "cpu_seconds": t} for end in ("resnet50", "convnext") for t in (60, 120, 600)]
+    write_csv(folder / "road" / "runs.csv", times)
+    assert road_figures.times_by_recipe().rows[1] == ("small-run recipe", "2.0", "2.0")
+
+
+def test_learning_rates_have_a_line_per_network(folder):
+    write_experiment(folder, "road_lr", {"resnet50, 0.004": [70], "resnet50, 0.002": [60], "gelu, 0.001": [10]}, 100)
+    (ax,) = road_figures.learning_rates().axes
+    line, road = ax.lines
+    assert list(line.get_xdata()) == [0.002, 0.004] and list(line.get_ydata()) == [60, 70]
+    assert road.get_xdata()[0] == 0.004
+
+
+@pytest.fixture
+def last_steps(folder):
+    """One step of the road whose best rate is the road's, and one whose best rate is lower."""
+    lrs = [("gelu, 0.004", 3.0), ("layer_norm, 0.004", 2.0), ("layer_norm, 0.002", 1.5), ("layer_norm, 0.001", 1.7)]
+    logs = [{"trial": t, "seed": 0, "epoch": e, "val_loss": loss / e} for t, loss in lrs for e in (1, 2)]
+    write_csv(folder / "road_lr" / "curves.csv", [*logs, *({**row, "trial": "fewer_norms, 0.004"} for row in logs[:2])])
+    steps = ("resnet50", "fewer_acts", "fewer_norms", "layer_norm", "convnext")
+    write_experiment(folder, "road", {step: [50 + i, 52 + i] for i, step in enumerate(steps)}, 100)
+    write_experiment(folder, "road_tuned", {"layer_norm, 0.002": [60, 62]}, 100)
+    write_experiment(
+        folder, "road_init", {"convnext, fan-in": [64, 66], "convnext, truncated normal 0.02": [30, 32]}, 100
+    )
+
+
+def test_the_rate_of_a_step_is_the_one_with_the_lowest_final_held_out_loss(last_steps):
+    assert road_figures.best_rates() == {"gelu": 0.004, "layer_norm": 0.002, "fewer_norms": 0.004}
+
+
+def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
+    rows = {row[:2]: row[2:] for row in road_figures.variants_table().rows}
+    assert list(rows)[:4] == [
+        ("ResNet-50", "as on the road"),
+        ("fewer activations", "as on the road"),
+        ("fewer norms", "as on the road"),  # the road's rate is its best: no row of its own
+        ("BN to LN", "as on the road"),
+    ]
+    assert rows["BN to LN", "own learning rate, 0.002"][2].startswith("+7.0 (")
+    assert rows["separate downsampling", "truncated normal 0.02"][2].startswith("-24.0 (")
+    ax = road_figures.variants().axes[0]
+    lines = [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "-"]
+    assert lines[0] == pytest.approx([52, 53, 54, 55])  # as on the road, without ResNet-50
+    assert [tuple(line) for line in lines if len(line) == 1] == [(65,), (31,), (61,)]
