@@ -84,7 +84,8 @@ def costs() -> Figure:
     right = analysis.correct("road")
     rows = results.rows("road/runs.csv")
     fig, ax = figure(3.4)
-    places = {"resnet50": (8, 4), "convnext": (8, -4), "depthwise": (8, -4), "inverted": (-8, 8), "fewer_norms": (8, 4)}
+    left = {"resnet50": (-8, 4), "inverted": (-8, 8)}  # offsets of names in points: left of their dots
+    places = left | {"convnext": (8, -4), "depthwise": (-10, -14), "fewer_norms": (8, 4)}
     for slug in STEPS:
         if slug not in right:
             continue
@@ -93,7 +94,7 @@ def costs() -> Figure:
         color = ENDS[slug][1] if slug in ENDS else GREY
         ax.errorbar(minutes, mean, yerr=std, fmt="o", color=color, markersize=6, elinewidth=1.2)
         if slug in places:
-            side = "right" if slug == "inverted" else "left"
+            side = "right" if slug in left else "left"
             name = ENDS[slug][0] if slug in ENDS else _label(slug)
             ax.annotate(name, (minutes, mean), places[slug], textcoords="offset points", ha=side)
     ax.margins(x=0.12, y=0.12)
