@@ -107,9 +107,9 @@ def test_both_recipes_are_compared_on_both_networks(folder):
     ax = road_figures.recipe_grid().axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
     assert lines == {"ResNet-50": pytest.approx([41, 60]), "ConvNeXt": pytest.approx([50, 52])}
-    for name, prefix in (("recipe_by_architecture", ", road-classic"), ("road", "")):
+    for name, suffix in (("recipe_by_architecture", ", road-classic"), ("road", "")):
         curves = [
-            {"trial": f"{end}{prefix}", "seed": seed, "epoch": 1, "train_loss": 1 + seed + len(prefix)}
+            {"trial": f"{end}{suffix}", "seed": seed, "epoch": 1, "train_loss": 1 + seed + len(suffix)}
             for end in ("resnet50", "convnext")
             for seed in range(2)
         ]
