@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
 STEMS = ("patchify", "overlapping")
 INITS = ("paper", "fan_in", "pytorch")  # see `train.models`
@@ -79,6 +79,8 @@ class Recipe:
 
     Raises ValueError, naming the field, for a value of the wrong type or out of range.
     """
+
+    stage_wise: ClassVar[bool] = False  # a field of `dense.recipes.DenseRecipe`
 
     # Length
     epochs: int = field(300, POSITIVE, TABLES)

@@ -1,21 +1,34 @@
-"""The commands on the page about ImageNet are commands that the programs take."""
+"""The commands on the pages about ImageNet, COCO and ADE20K are commands that the programs take."""
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from convnext_min import recipes
 from convnext_min.data import check, class_map
+from convnext_min.dense import recipes as dense_recipes
+from convnext_min.dense import train as dense_train
+from convnext_min.dense.models import create_dense_model
 from convnext_min.train.__main__ import read_arguments
 from convnext_min.train.plan import main as plan_main
 from convnext_min.train.plan import plan
+from convnext_min.weights import find
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "book" / "imagenet.md").read_text()
-COMMANDS = re.findall(r"^(?:python|torchrun) .*$", re.sub(r"\\\n\s*", "", PAGE), re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    text = re.sub(r"\\\n\s*", "", (ROOT / "book" / page).read_text())
+    return re.findall(r"^(?:python|torchrun) .*$", text, re.MULTILINE)
+
+
+COMMANDS, DENSE = commands("imagenet.md"), commands("coco_and_ade20k.md")
 TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
+DENSE_TRAINING = [line for line in DENSE if "convnext_min.dense.train " in line]
 
 
 def test_the_page_has_commands_of_every_kind():
@@ -49,6 +62,27 @@ def test_the_plan_on_the_page_is_made(capsys):
     options = [part for part in shlex.split(line)[3:] if part != "--measure"]
     plan_main(options)
     assert "effective batch size 4,096 = " in capsys.readouterr().out
+
+
+def test_the_page_about_dense_tasks_checks_the_folders_and_predicts():
+    modules = [line.split(" -m ")[1].split()[0] for line in DENSE]
+    assert len(DENSE_TRAINING) >= 7
+    assert modules.count("convnext_min.dense.datasets") == 2 and modules.count("convnext_min.dense.predict") == 1
+
+
+@pytest.mark.parametrize("line", DENSE_TRAINING)
+def test_a_command_for_a_dense_task_fits_its_recipe_and_its_processes(line):
+    launcher, _, options = line.partition("convnext_min.dense.train ")
+    args = dense_train.read_arguments(shlex.split(options))
+    if args.evaluate:
+        replace(dense_recipes.RECIPES[args.task], **recipes.parse_settings(dense_recipes.DenseRecipe, args.set))
+        return
+    recipe = dense_recipes.get(args.task, args.head, args.backbone, args.set, args.pretrained)
+    processes = int(launcher.split("--nproc-per-node ")[1].split()[0]) if "torchrun" in launcher else 1
+    assert recipe.batch_size % processes == 0
+    assert find(args.backbone, args.pretrained).startswith("https://dl.fbaipublicfiles.com/convnext/")
+    with torch.device("meta"):
+        create_dense_model(f"{args.head}:{args.backbone}", recipe, 80)
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("book/*.md")], ids=lambda path: path.name)

@@ -37,6 +37,15 @@ def test_the_largest_backbones_are_trained_on_ade20k_with_larger_crops(variant, 
     assert (min(recipe.min_size), max(recipe.min_size)) == (crop // 2, 2 * crop)
 
 
+def test_a_backbone_from_imagenet_22k_has_its_own_configuration():
+    coco = recipes.get("coco", "cascade_mask_rcnn", "convnext_base", (), "in22k")
+    assert (coco.base_lr, coco.drop_path, coco.layer_decay) == (1e-4, 0.6, 0.8)
+    ade20k = recipes.get("ade20k", "upernet", "convnext_base", ["epochs=2"], "in22k")
+    assert (ade20k.crop, ade20k.min_size[-1], ade20k.epochs) == (640, 640, 2)
+    large = "coco", "cascade_mask_rcnn", "convnext_large"
+    assert recipes.get(*large, (), "in22k") == recipes.get(*large)  # the only one there is
+
+
 def test_settings_change_a_recipe_and_those_of_classifiers_are_refused():
     recipe = recipes.get("nuclei", "mask_rcnn", "convnext_atto", ["epochs=3", "min_size=(64, 96)"])
     assert (recipe.epochs, recipe.min_size) == (3, (64, 96))

@@ -25,7 +25,7 @@ from convnext_min.dense.train import main, prepare, train
 from convnext_min.dense.upernet import IGNORED
 from convnext_min.experiments.backbone import save
 from convnext_min.train.loop import Stopped
-from convnext_min.train.optim import learning_rate_scales
+from convnext_min.train.optim import create_optimizer, learning_rate_scales
 from convnext_min.train.trainer import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +144,37 @@ def test_segmentation_averages_sizes_and_flips(monkeypatch):
     assert (found["labels"][:, [0, -1]] == 1).all() and (found["labels"][:, 10:-10] != 1).all()
 
 
+@pytest.mark.parametrize(
+    "length, window, places",
+    [(512, 512, [0]), (300, 512, [0]), (513, 512, [0, 1]), (853, 512, [0, 341]), (1024, 512, [0, 341, 512])],
+)
+def test_windows_cover_a_side_in_steps_of_two_thirds(length, window, places):
+    assert evaluation.starts(length, window) == places
+
+
+def test_a_sliding_window_averages_logits_where_windows_overlap():
+    seen = []
+
+    def model(images):
+        seen.append(tuple(images[0].shape[1:]))
+        return [images[0] + len(seen)]  # 1, 2, ... are added in the first, second, ... window
+
+    image = torch.rand(3, 32, 80)
+    logits = evaluation.segment(model, image, 48)
+    assert seen == [(32, 48)] * 2  # as high as the image
+    expected = image + torch.cat([torch.full((32,), 1.0), torch.full((16,), 1.5), torch.full((32,), 2.0)])
+    assert torch.allclose(logits, expected)
+    assert torch.equal(evaluation.segment(model, image), image + 3)
+
+
+def test_predictions_use_the_recipes_window(monkeypatch):
+    model = create_dense_model("fcn:convnext_atto", recipe("fcn"), 3).eval()
+    sizes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda images: sizes.append(images[0].shape[1:]) or forward(images))
+    evaluation.predict(model, torch.rand(3, 32, 48), recipe("fcn", window="32", max_size="128"))
+    assert set(sizes) == {(32, 32)} and len(sizes) == 3 * 5  # of 64x96
+
+
 def test_augmented_boxes_stay_on_their_objects():
     wide = recipe("mask_rcnn", resize_and_crop="True", vertical_flip="True", max_size="1333")
     data = shapes("mask_rcnn", number=3)
@@ -225,6 +256,13 @@ def test_layer_decay_is_for_the_backbone():
     assert scales["1.weight"] == scales["0.norms.0.weight"] == 1.0
     assert scales["0.network.stages.3.0.gamma"] == 0.5
     assert scales["0.network.downsample_layers.0.0.weight"] == 0.5**5
+
+
+def test_segmentation_of_ade20k_decays_by_stage():
+    ade20k = recipes.get("ade20k", "upernet", "convnext_tiny")
+    groups = create_optimizer(create_dense_model("upernet:convnext_tiny", ade20k, 150), ade20k).param_groups
+    scales = sorted({group["lr_scale"] for group in groups}, reverse=True)
+    assert scales == pytest.approx([0.9**power for power in (0, 3, 4, 5, 6, 7)])  # heads, four stages, downsampling
 
 
 def test_the_backbone_starts_from_a_checkpoint(tmp_path):
@@ -335,6 +373,29 @@ def test_the_command_names_what_is_wrong_with_the_data(tmp_path):
     options[options.index("mask_rcnn")] = "upernet"
     with pytest.raises(SystemExit, match="nuclei has objects: upernet is not for them"):
         main(options)
+
+
+def test_a_checkpoint_is_evaluated_again_with_other_tests(tmp_path, capsys, monkeypatch):
+    options = ["--task", "shapes", "--head", "upernet", "--device", "cpu", "--epochs", "1", "--set", *settings()]
+    main([*options, "--output", str(tmp_path)])
+    trained = capsys.readouterr().out.split("miou ")[1].split()[0]
+    command = ["--task", "shapes", "--device", "cpu", "--evaluate", str(tmp_path / "checkpoint.pt")]
+    main(command)
+    assert capsys.readouterr().out.split("miou ")[1].split() == [trained]
+    windows, starts = [], evaluation.starts
+    monkeypatch.setattr(evaluation, "starts", lambda *sides: windows.append(sides) or starts(*sides))
+    main([*command, "--set", "window=32"])
+    assert set(windows) == {(64, 32)} and "miou" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="cannot set 'windows=32'"):
+        main([*command, "--set", "windows=32"])
+    monkeypatch.setattr(datasets, "SHAPES", ("disc", "square"))
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is for 4 other classes than shapes: "):
+        main(command)
+    with pytest.raises(SystemExit, match=r"nothing\.pt"):
+        main([*command[:-1], str(tmp_path / "nothing.pt")])
+    with pytest.raises(SystemExit):
+        main(["--task", "shapes"])
+    assert "--head is needed: mask_rcnn, " in capsys.readouterr().err
 
 
 def test_two_processes_share_batches_and_evaluation(tmp_path, monkeypatch):

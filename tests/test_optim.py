@@ -85,6 +85,14 @@ def test_three_consecutive_blocks_are_a_group(depths):
     assert {group_of(name, depths) for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")} == {last}
 
 
+@pytest.mark.parametrize("depths, last", [((3, 3, 27, 3), 13), ((3, 3, 9, 3), 7)])
+def test_stages_are_groups_as_in_the_released_segmentation(depths, last):
+    assert {group_of(f"downsample_layers.{i}.0.weight", depths, stage_wise=True) for i in range(4)} == {0}
+    for i, depth in enumerate(depths):
+        assert {group_of(f"stages.{i}.{j}.gamma", depths, stage_wise=True) for j in range(depth)} == {i + 1}
+    assert group_of("head.weight", depths, stage_wise=True) == last
+
+
 @pytest.mark.parametrize("name", [name for name in vars(convnext) if name.startswith("convnext_")])
 def test_every_variant_has_a_rate_for_every_parameter(name):
     model = build(name)

@@ -33,10 +33,36 @@ def predict(model: nn.Module, image: Tensor, recipe: DenseRecipe) -> Target:
         factor = scale * min(recipe.min_size[-1] / min(height, width), recipe.max_size / max(height, width))
         sized = resize(image, [max(1, round(height * factor)), max(1, round(width * factor))], antialias=True)
         for flip in (False, True)[: 1 + recipe.test_flip]:
-            (logits,) = model([sized.flip(-1) if flip else sized])
+            logits = segment(model, sized.flip(-1) if flip else sized, recipe.window)
             logits = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)  # (1, K, H, W)
             total = total + (logits.flip(-1) if flip else logits).softmax(1)
     return {"labels": total[0].argmax(0)}
+
+
+def segment(model: nn.Module, image: Tensor, window: int = 0) -> Tensor:
+    """Return the logits (classes, H, W) of a segmentation network for an image (3, H, W).
+
+    With `window`, the network sees squares of that side, or as much of the image as there is. They lie a step of two
+    thirds of their side apart, the last ones at the edges, and where they overlap, their logits are averaged.
+    """
+    height, width = image.shape[1:]
+    window = window or max(height, width)
+    total = count = None
+    for y in starts(height, window):
+        for x in starts(width, window):
+            part = (..., slice(y, y + window), slice(x, x + window))
+            (logits,) = model([image[part]])
+            if total is None:
+                total, count = logits.new_zeros(len(logits), height, width), logits.new_zeros(height, width)
+            total[part] += logits
+            count[part] += 1
+    return total / count
+
+
+def starts(length: int, window: int) -> list[int]:
+    """Return where windows begin along a side of `length` pixels, so that they cover it."""
+    last = max(length - window, 0)
+    return [*range(0, last, window * 2 // 3), last]
 
 
 class Scores:

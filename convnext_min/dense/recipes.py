@@ -1,9 +1,9 @@
 """Recipes for detection and segmentation: the paper's settings for COCO and ADE20K, and small ones for two CPU cores.
 
 The paper gives ranges (appendix A.3); the values per model are those of the released configurations, as are the
-schedules: "3x" is 36 epochs of COCO, and 160,000 iterations of 16 images are 127 epochs of ADE20K. One thing differs:
-for ADE20K the released configurations give each stage one learning rate, and here `layer_decay` acts per group of three
-blocks, as for COCO.
+schedules: "3x" is 36 epochs of COCO, and 160,000 iterations of 16 images are 127 epochs of ADE20K. For ADE20K they
+test in two ways. The recipe has the one of Table 4: whole images in several sizes, each also mirrored. Table 7 tests
+one size with a sliding window as large as the crops of training: "test_scales=(1.0,)", "test_flip=False", "window=512".
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from convnext_min.recipes import POSITIVE, SIDE, Range, Recipe, field, parse_set
 
 SIDES = Range(lambda value: len(value) > 0 and min(value) >= 32, "one or more sides of at least 32")
 SCALES = Range(lambda value: len(value) > 0 and min(value) > 0, "one or more positive factors")
+WINDOW = Range(lambda value: value == 0 or value >= 32, "0 or at least 32")
 FOR_CLASSIFIERS = (  # fields of `Recipe` without a meaning here
     *("label_smoothing", "mixup", "cutmix", "erasing", "rand_augment", "loader", "fraction", "image_size"),
     *("resolution", "progressive", "eval_resolution", "eval_crop", "crop_scale"),
@@ -27,6 +28,8 @@ class DenseRecipe(Recipe):
 
     label_smoothing: float = 0.0
 
+    stage_wise: bool = False  # the groups of `layer_decay` are whole stages: `train.optim`
+
     # Learning rate after the warm-up
     milestones: tuple[float, ...] = ()  # fractions of the run; it drops to a tenth after each. (): linear to 0
 
@@ -38,6 +41,7 @@ class DenseRecipe(Recipe):
     crop: int = field(512, SIDE)  # segmentation: side of a random crop
     test_scales: tuple[float, ...] = field((1.0,), SCALES)  # segmentation: predictions at these sizes are averaged
     test_flip: bool = False  # segmentation: also averaged with predictions for the mirror image
+    window: int = field(0, WINDOW)  # segmentation: side of a sliding window in evaluation; 0: whole images
 
     # Heads
     channels: int = field(256, POSITIVE)  # of the pyramid and the convolutions of the heads; of UperNet's decoder
@@ -88,9 +92,11 @@ _COCO = replace(
 _ADE20K = replace(
     _PAPER,
     epochs=127,
+    evaluate_every=13,  # 16,000 iterations
     warmup=1500 / 160_000,
     base_lr=1e-4,
     layer_decay=0.9,
+    stage_wise=True,
     min_size=(*range(256, 1025, 32), 512),  # 0.5 to 2 times 512
     max_size=4096,
     crop=512,
@@ -142,20 +148,31 @@ PER_MODEL = {  # task, head, backbone: values of the released configurations, wi
     ("coco", "mask_rcnn", "convnext_tiny"): _values(0.95, 1e-4, 0.4),
     ("coco", "cascade_mask_rcnn", "convnext_tiny"): _values(0.7, 2e-4, 0.4),
     ("coco", "cascade_mask_rcnn", "convnext_small"): _values(0.7, 2e-4, 0.6),
-    ("coco", "cascade_mask_rcnn", "convnext_base"): _values(0.8, 2e-4, 0.7),  # from ImageNet-22K: 1e-4 and 0.6
+    ("coco", "cascade_mask_rcnn", "convnext_base"): _values(0.8, 2e-4, 0.7),
     ("coco", "cascade_mask_rcnn", "convnext_large"): _values(0.7, 1e-4, 0.7),
     ("coco", "cascade_mask_rcnn", "convnext_xlarge"): _values(0.7, 1e-4, 0.8),
     ("ade20k", "upernet", "convnext_tiny"): _values(0.9, 1e-4, 0.4),
     ("ade20k", "upernet", "convnext_small"): _values(0.9, 1e-4, 0.3),
-    ("ade20k", "upernet", "convnext_base"): _values(0.9, 1e-4, 0.4),  # from ImageNet-22K: with CROP_640
+    ("ade20k", "upernet", "convnext_base"): _values(0.9, 1e-4, 0.4),
     ("ade20k", "upernet", "convnext_large"): _values(0.9, 1e-4, 0.4) | CROP_640,
     ("ade20k", "upernet", "convnext_xlarge"): _values(0.9, 8e-5, 0.4) | CROP_640,
 }
+FROM_22K = {  # where two released configurations exist: what differs if the backbone was pretrained on ImageNet-22K
+    ("coco", "cascade_mask_rcnn", "convnext_base"): _values(0.8, 1e-4, 0.6),
+    ("ade20k", "upernet", "convnext_base"): CROP_640,
+}
 
 
-def get(task: str, head: str, backbone: str, settings: Iterable[str] = ()) -> DenseRecipe:
-    """Return the recipe of `task` for a head and a backbone, changed by settings written "key=value"."""
+def get(
+    task: str, head: str, backbone: str, settings: Iterable[str] = (), pretrained: str | None = None
+) -> DenseRecipe:
+    """Return the recipe of `task` for a head and a backbone, changed by settings written "key=value".
+
+    `pretrained` is passed to `create_dense_model`; for "in22k" the values of `FROM_22K` hold.
+    """
     recipe = replace(RECIPES[task], **PER_MODEL.get((task, head, backbone), {}))
+    if pretrained == "in22k":
+        recipe = replace(recipe, **FROM_22K.get((task, head, backbone), {}))
     if backbone.startswith("road:"):  # the road has its own initial weights and no layer scale
         recipe = replace(recipe, init="pytorch", layer_scale_init=Recipe.layer_scale_init)
     return replace(recipe, **parse_settings(DenseRecipe, settings))

@@ -1,12 +1,15 @@
 """Train a detector or a segmentation network: `python -m convnext_min.dense.train --task nuclei --head mask_rcnn`.
 
 A run works as for classification: `torchrun` starts several processes, Ctrl-C and SIGTERM save and stop, and `--resume`
-continues. The output folder gets log.csv, checkpoint.pt, best.pt and summary.json.
+continues. The output folder gets log.csv, checkpoint.pt, best.pt and summary.json. `--evaluate CHECKPOINT` trains
+nothing and prints the scores of a finished run, for example with other settings of the tests.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from convnext_min.dense.batches import DenseBatches
 from convnext_min.dense.datasets import DATASETS, DenseDataset, Target, check, shapes
 from convnext_min.dense.evaluation import evaluate
 from convnext_min.dense.models import DETECTORS, HEADS, create_dense_model
+from convnext_min.dense.predict import load_model
 from convnext_min.dense.recipes import DenseRecipe
 from convnext_min.environment import write_json
 from convnext_min.measure import count_parameters
+from convnext_min.recipes import parse_settings
 from convnext_min.train import distributed
 from convnext_min.train.checkpoint import CheckpointManager, list_checkpoints
 from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command, run_config
@@ -121,7 +126,7 @@ def train(
     seconds = start_schedule(trainer, lambda: evaluation_seconds(trainer, val_set, workers))
     scores = run_epochs(trainer, manager, validate, seconds)
     scores = scores or evaluate(trainer.eval_model, val_set, recipe, workers)
-    print_once(f"\n{val_set.source}: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
+    print_scores(val_set, scores)
     if checkpoint and distributed.rank() == 0:
         folder = checkpoint.parent
         write_json(summarize(trainer, val_set.source, len(val_set), scores), folder / "summary.json")
@@ -161,6 +166,27 @@ def check_data(*datasets: DenseDataset) -> None:
             raise ValueError(list_problems(f"{dataset.source}: {len(broken):,} broken", broken))
 
 
+def evaluate_checkpoint(
+    checkpoint: str, task: str, data: str | None, settings: Iterable[str], device: torch.device, workers: int = 0
+) -> None:
+    """Print the scores of a run's checkpoint, tested as its recipe says after the changes by `settings`.
+
+    Raises FileNotFoundError, or ValueError for settings or images that do not fit the checkpoint.
+    """
+    model, state = load_model(checkpoint)
+    recipe = replace(state["recipe"], **parse_settings(DenseRecipe, settings))
+    _, val_set = read_data(task, state["model"].partition(":")[0], data)
+    if tuple(state["classes"]) != tuple(val_set.classes):
+        classes = ", ".join(state["classes"][:3])
+        raise ValueError(f"{checkpoint} is for {len(state['classes'])} other classes than {task}: {classes}, ...")
+    print_scores(val_set, evaluate(model.to(device), val_set, recipe, workers))
+
+
+def print_scores(val_set: DenseDataset, scores: dict[str, float]) -> None:
+    """Print the data set and its scores, in percent."""
+    print_once(f"\n{val_set.source}: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
+
+
 def list_problems(title: str, lines: list[str]) -> str:
     """Return a title and the first lines below it."""
     rest = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] * (len(lines) > SHOWN_PROBLEMS)
@@ -172,7 +198,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.train", description=__doc__)
     run = parser.add_argument_group("the run")
     run.add_argument("--task", required=True, choices=DATASETS, help="the images, and the recipe for them")
-    run.add_argument("--head", required=True, choices=HEADS, help="the detector or segmentation head")
+    run.add_argument("--head", choices=HEADS, help="the detector or segmentation head")
     run.add_argument("--backbone", default="convnext_atto", help="convnext_<variant> or road:<step>")
     run.add_argument("--pretrained", metavar="WEIGHTS", help="the backbone's: a checkpoint, or a tag such as in22k")
     run.add_argument("--data", help="the folder of the images")
@@ -183,9 +209,14 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
     run.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
+    run.add_argument(
+        "--evaluate", metavar="CHECKPOINT", help="only print the scores of a checkpoint, trained like this"
+    )
     add_output_arguments(parser)
     add_machine_arguments(parser)
     args = parser.parse_args(argv)
+    if not (args.head or args.evaluate):
+        parser.error(f"--head is needed: {', '.join(HEADS)}")
     if args.seed < 0:
         parser.error(f"--seed must be 0 or more, got {args.seed}")
     if args.resume and not args.output:
@@ -196,8 +227,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run_from(args: argparse.Namespace, device: torch.device) -> None:
-    """Train as the command line asks."""
-    recipe = recipes.get(args.task, args.head, args.backbone, args.set)
+    """Train, or evaluate a checkpoint, as the command line asks."""
+    if args.evaluate:
+        evaluate_checkpoint(args.evaluate, args.task, args.data, args.set, device, args.workers)
+        return
+    recipe = recipes.get(args.task, args.head, args.backbone, args.set, args.pretrained)
     checkpoint_in(args.output, args.resume)
     config = run_config(args, device)
     name = f"{args.head}:{args.backbone}"

@@ -23,13 +23,16 @@ NO_DECAY = ("bias", "gamma", "layer_scale")  # layer scale is `gamma` here and i
 BLOCKS_PER_GROUP = 3
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, stage_wise: bool = False
+) -> list[dict]:
     """Return the trainable parameters in two groups: with weight decay, and without it (biases, norms, layer scale).
 
     The role of a parameter decides, not its shape: torchvision stores layer scale as (C, 1, 1). With a `layer_decay`
     below 1 there are two such groups per group of layers; a group's learning rate is the run's times `lr_scale`.
+    `stage_wise` is explained at `group_of`.
     """
-    scales = learning_rate_scales(model, layer_decay) if layer_decay < 1 else {}
+    scales = learning_rate_scales(model, layer_decay, stage_wise) if layer_decay < 1 else {}
     groups = {}  # scale: parameters with decay, parameters without
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
@@ -44,17 +47,22 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     ]
 
 
-def group_of(name: str, depths: tuple[int, ...]) -> int:
+def group_of(name: str, depths: tuple[int, ...], stage_wise: bool = False) -> int:
     """Return the number of the layer group of the parameter `name` in a ConvNeXt with these depths; the stem's is 0.
 
     A group is three consecutive blocks of a stage, with the downsampling layer before them; the final norm and the
     classifier are the last group. With depths (3, 3, 27, 3) these are the 12 groups of the released code between stem
     and classifier. The same rule holds for all depths; the released code refuses all except these.
+
+    With `stage_wise`, stage s (from 0) is group s + 1, and all downsampling layers share the stem's group. The number
+    of the last group stays, so all stages are farther from it. The released segmentation models are trained this way.
     """
     first = [1]  # the first group of each stage, and the classifier's
     for depth in depths:
         first.append(first[-1] + -(-depth // BLOCKS_PER_GROUP))
     part, *place = name.split(".")
+    if stage_wise and part in ("downsample_layers", "stages"):
+        return 0 if part == "downsample_layers" else int(place[0]) + 1
     if part == "downsample_layers":
         stage = int(place[0])
         return first[stage] if stage else 0
@@ -63,7 +71,7 @@ def group_of(name: str, depths: tuple[int, ...]) -> int:
     return first[-1]  # norm, head
 
 
-def learning_rate_scales(model: nn.Module, decay: float) -> dict[str, float]:
+def learning_rate_scales(model: nn.Module, decay: float, stage_wise: bool = False) -> dict[str, float]:
     """Return the factor of each parameter's learning rate: `decay` to the power of the distance to the last group.
 
     `model` is a `ConvNeXt` or has one as its backbone; parameters outside of it are in the last group. Raises
@@ -77,13 +85,13 @@ def learning_rate_scales(model: nn.Module, decay: float) -> dict[str, float]:
     last = group_of("head", depths)
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     for name, _ in network.named_parameters():
-        scales[f"{prefix}.{name}" if prefix else name] = decay ** (last - group_of(name, depths))
+        scales[f"{prefix}.{name}" if prefix else name] = decay ** (last - group_of(name, depths, stage_wise))
     return scales
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer, built by timm, for the trainable parameters of `model`."""
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.stage_wise)
     options = {"betas": recipe.betas} if recipe.betas else {}
     return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, **options)
 
