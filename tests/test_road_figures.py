@@ -162,3 +162,19 @@ def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
     lines = [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "-"]
     assert lines[0] == pytest.approx([52, 53, 54, 55])  # as on the road, without ResNet-50
     assert [tuple(line) for line in lines if len(line) == 1] == [(65,), (31,), (61,)]
+
+
+def test_networks_with_the_small_data_recipe_have_their_own_rates(folder):
+    steps, lrs = ("resnet50", "fewer_acts", "convnext"), (0.004, 0.008)
+    logs = [
+        {"trial": f"{step}, {lr:g}", "seed": 0, "epoch": 5, "val_loss": abs(lr - best)}
+        for step, best in zip(steps, (0.004, 0.008, 0.008))
+        for lr in lrs
+    ]
+    write_csv(folder / "small_recipe_lr" / "curves.csv", logs)
+    trials = {"resnet50, 0.004": [60, 62], "fewer_acts, 0.008": [70, 72], "convnext, 0.008": [58, 60]}
+    write_experiment(folder, "small_recipe_by_architecture", trials, 100)
+    first, second, third = road_figures.small_recipe_table().rows
+    assert first == ("ResNet-50", "0.004", "61.0\xa0±\xa01.4", "2", "")
+    assert second[:2] == ("fewer activations", "0.008") and second[4].startswith("+10.0 (")
+    assert third[0] == "separate downsampling" and third[4].startswith("-2.0 (")
