@@ -248,18 +248,20 @@ _IMAGENETTE = Recipe(
     resolution=96,
     eval_resolution=96,
 )
+_SMALL_DATA = replace(
+    _IMAGENETTE, evaluate_every=0, optimizer="muon", stem="overlapping", init="fan_in", layer_scale_init=0.2
+)
 _IMAGENETTE_3MIN = replace(
-    _IMAGENETTE,
+    _SMALL_DATA,
     minutes=3,
-    evaluate_every=0,
-    optimizer="muon",
-    base_lr=1.6e-2,
-    stem="overlapping",
-    init="fan_in",
-    layer_scale_init=0.2,
+    batch_size=128,
+    base_lr=1.1e-2,
+    progressive=((0.6, 48),),
+    resolution=64,
+    eval_resolution=64,
 )
 _IMAGENETTE_10MIN = replace(
-    _IMAGENETTE_3MIN,
+    _SMALL_DATA,
     minutes=10,
     base_lr=1.2e-2,
     crop_scale=(0.25, 1.0),

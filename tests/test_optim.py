@@ -11,8 +11,8 @@ from timm.optim import muon
 from torch import nn
 
 from convnext_min import convnext, recipes
-from convnext_min.train import create_model, prepare
-from convnext_min.train.optim import group_of, learning_rate_scales, parameter_groups
+from convnext_min.train import create_model, optim, prepare
+from convnext_min.train.optim import group_of, learning_rate_scales, newton_schulz_float32, parameter_groups
 
 # ---- Which parameters decay
 
@@ -142,16 +142,32 @@ def test_another_network_is_refused():
 # ---- Optimizers
 
 
-@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_muon_computes_in_bfloat16_only_where_the_machine_does(able, dtype, images, monkeypatch):
+@pytest.mark.parametrize("able", [True, False])
+def test_muon_computes_in_bfloat16_only_where_the_machine_does(able, images, monkeypatch):
     """Without instructions for it, a step in bfloat16 takes seconds."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
-    spy = Mock(wraps=muon.zeropower_via_newtonschulz)
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
-    run = new_trainer(replace(TINY, optimizer="muon"), images)
+    bfloat16, float32 = Mock(wraps=muon.zeropower_via_newtonschulz), Mock(wraps=newton_schulz_float32)
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", bfloat16)
+    monkeypatch.setattr(optim, "newton_schulz_float32", float32)
+    run = new_trainer(replace(TINY, optimizer="muon", amp="auto"), images)
     run.train_step(*next(iter(run.batches.epoch(0))))
-    assert {call.kwargs["dtype"] for call in spy.call_args_list} == {dtype}
-    assert muon.zeropower_via_newtonschulz is spy  # and not what a step puts in its place
+    assert (bfloat16.called, float32.called) == (able, not able)
+    for call in (bfloat16 if able else float32).call_args_list:
+        assert call.args[1] == 3 and call.args[2][0] == pytest.approx((8.2373, -23.1577, 16.6806), abs=1e-4)
+    assert muon.zeropower_via_newtonschulz is bfloat16  # and not what a step puts in its place
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 96), (96, 24), (32, 32)])
+@pytest.mark.parametrize("preset, steps", [("polar_express", 3), ("quintic", 5)])
+@pytest.mark.parametrize("smallest", [0.1, 1e-6, 0.0])
+def test_an_update_is_orthogonalized_like_timms(rows, columns, preset, steps, smallest):
+    left, right = (torch.linalg.qr(torch.randn(side, 24, dtype=torch.float64))[0] for side in (rows, columns))
+    update = 3 * (left * torch.linspace(1, 0, 24).double().clamp(min=smallest)) @ right.mT  # of rank 24 or 23
+    coefficients = muon._COEFFICIENTS[preset]
+    expected = muon.zeropower_via_newtonschulz(update, steps, coefficients, dtype=torch.float64)
+    ours = newton_schulz_float32(update.float(), steps, coefficients, muon.MUON_EPS)
+    assert ours.shape == update.shape and ours.dtype == torch.float32
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_the_classic_recipe_is_sgd_with_momentum_and_its_own_decay(images):

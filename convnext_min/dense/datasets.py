@@ -337,7 +337,7 @@ def _draw_semantic(example: Example) -> tuple[Tensor, Target]:
 
 def _required(root: Path | str | None, task: str) -> Path:
     if root is None:
-        raise ValueError(f"{task} cannot be downloaded without an account: give its folder with --data")
+        raise ValueError(f"{task} is not downloaded by this package: give its folder with --data")
     if not Path(root).expanduser().is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     return Path(root).expanduser()

@@ -93,6 +93,16 @@ SMALL_DATA_CHANGES = {
     "average longer than the run": ("ema_horizon=None",),
 }
 
+# ---- Few iterations: the recipe for three minutes without bfloat16, as on most laptops, and how it came about
+
+_LARGER = ("progressive=((0.6, 64),)", "resolution=96", "eval_resolution=96")
+_SMALLER_BATCH = ("batch_size=64", "base_lr=1.6e-2")
+SLOW_PROCESSOR_CHANGES = {
+    "64 px, then 96 px; batches of 64": (*_LARGER, *_SMALLER_BATCH),
+    "48 px, then 64 px; batches of 64": _SMALLER_BATCH,
+    "48 px, then 64 px; batches of 128": (),
+}
+
 # ---- Parts of the paper's recipe, each added to or removed from the plain one
 
 PAPER_RECIPE_CHANGES = {
@@ -190,6 +200,11 @@ EXPERIMENTS = {
     ],
     "small_data_ablation": [
         Trial(name, "convnext_atto", "imagenette", changes, HOLDOUT) for name, changes in SMALL_DATA_CHANGES.items()
+    ],
+    # With --workers equal to the number of cores, each run has one core for its three minutes.
+    "slow_processor": [
+        Trial(name, "convnext_atto", "imagenette-3min", ("amp=fp32", *changes), HOLDOUT)
+        for name, changes in SLOW_PROCESSOR_CHANGES.items()
     ],
     "paper_recipe_ablation": [
         Trial(name, "convnext_atto", "imagenette", changes) for name, changes in PAPER_RECIPE_CHANGES.items()

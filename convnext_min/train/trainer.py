@@ -219,7 +219,7 @@ class Trainer:
         if self.recipe.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        with step_context(self.optimizer, self.device):
+        with step_context(self.optimizer, self.dtype):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -297,7 +297,7 @@ class Trainer:
             if mine != theirs:
                 raise ValueError(f"the checkpoint belongs to another run: its {key} is {theirs}, here it is {mine}")
         distributed.load_full_state_dict(self.model, state["weights"])
-        with step_context(self.optimizer, self.device):  # an empty optimizer is first initialized by a step
+        with step_context(self.optimizer, self.dtype):  # an empty optimizer is first initialized by a step
             distributed.load_full_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
