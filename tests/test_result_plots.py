@@ -95,13 +95,13 @@ def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder
 
 
 def test_timed_runs_are_drawn_by_label_and_processor(runs):
-    (ax,) = result_figures.timed_runs(runs).axes
-    assert [text.get_text() for text in ax.texts] == ["ours,\nA", "x,\nA", "ours,\nA, AVX2"]
+    fig = result_figures.timed_runs(runs)
+    (ax,), (legend,) = fig.axes, fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ours; A", "x; A", "ours; A, AVX2"]
     line, dots = ax.lines[:2]
     assert list(line.get_ydata()) == pytest.approx([61, 70]) and list(dots.get_ydata()) == pytest.approx([60, 62, 70])
-    ours, other = ax.lines[1], ax.lines[5]  # the same recipe: one colour, told apart by the filling
+    ours, other = ax.lines[1], ax.lines[7]  # the same recipe: one colour, told apart by the filling
     assert ours.get_color() == other.get_color() and ours.get_markerfacecolor() != other.get_markerfacecolor()
-    assert [text.get_ha() for text in ax.texts] == ["left", "right", "right"]  # one dot alone has its name on the left
 
 
 def test_the_timed_runs_of_the_book_are_recorded_and_pairs_have_one_processor():
@@ -226,3 +226,27 @@ def test_few_images_are_shown_by_method_with_a_dot_per_run(folder):
     assert scratch[0] == "from scratch" and scratch[1] == "-10.0 (-10.0\xa0to\xa0-10.0)" and scratch[2] == ""
     rows = {row[0]: row[1:] for row in result_figures.few_images_table().rows}
     assert rows["linear probe"] == ("52.5\xa0±\xa03.5 (0.01)", "60.0 (0.01)") and rows["from scratch"][1] == ""
+
+
+def test_runs_with_few_iterations_are_counted_at_their_ends(folder):
+    logs = [
+        {"trial": trial, "seed": seed, "epoch": epoch, "step": 10 * epoch + seed}
+        for trial, last in (("small", 4), ("large", 2))
+        for seed in range(2)
+        for epoch in (1, last)
+    ]
+    write_csv(folder / "slow_processor" / "curves.csv", logs)
+    write_experiment(folder, "slow_processor", {"small": [120, 124], "large": [100, 100]})
+    large, small = result_figures.few_iterations_table().rows
+    assert small == ("small", "61.0\xa0±\xa01.4", "2", "4.0", "40")
+    assert large[3:] == ("2.0", "20")
+
+
+@pytest.mark.parametrize("name", ["predictions", "answers"])
+def test_predictions_of_earlier_runs_have_another_name(name, folder):
+    (folder / "imagenette" / "one").mkdir(parents=True)
+    np.savez(
+        folder / "imagenette" / "one" / "predictions.npz", **{name: np.uint16([1, 2]), "labels": np.uint16([1, 1])}
+    )
+    found, labels = result_figures.predictions("one")
+    assert list(found) == [1, 2] and list(labels) == [1, 1] and found.dtype == int

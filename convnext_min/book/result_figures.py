@@ -30,9 +30,13 @@ TIMED_RUNS: Runs = (
     ("for small data", "10min-seed-1"),
     ("for small data", "10min-seed-2"),
     ("for small data", "30min-seed-1"),
+    ("for small data", "3min-seed-7"),
+    ("for small data, 48 and 64 px", "3min-seed-5"),
+    ("for small data, 48 and 64 px", "3min-seed-6"),
     ("plain", "plain-3min-seed-0"),
     ("timm", "timm-3min-seed-0"),
     ("timm", "timm-3min-seed-1"),
+    ("timm", "timm-3min-seed-2"),
     ("timm", "timm-10min-seed-0"),
     ("timm", "timm-30min-seed-0"),
 )
@@ -40,6 +44,8 @@ TIMED_PAIRS = (  # runs of the same length on the same processor, which can be c
     ("plain-3min-seed-0", "3min-seed-0"),
     ("timm-3min-seed-0", "3min-seed-0"),
     ("timm-3min-seed-1", "3min-seed-3"),
+    ("timm-3min-seed-2", "3min-seed-5"),
+    ("3min-seed-7", "3min-seed-5"),
     ("timm-10min-seed-0", "10min-seed-1"),
     ("timm-30min-seed-0", "30min-seed-1"),
 )
@@ -57,6 +63,13 @@ def _numbers(row: Mapping[str, str]) -> Row:
 def log(run: str) -> list[Row]:
     """Return the log of a run in book/results/imagenette."""
     return [_numbers(row) for row in results.rows(f"imagenette/{run}/log.csv")]
+
+
+def predictions(run: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predicted and the true class (images,) of each validation image of a run."""
+    arrays = results.arrays(f"imagenette/{run}/predictions.npz")
+    found = arrays["predictions"] if "predictions" in arrays else arrays["answers"]  # the name in earlier runs
+    return found.astype(int), arrays["labels"].astype(int)
 
 
 def log_table(rows: Sequence[Row]) -> Table:
@@ -165,16 +178,27 @@ def timed_table(runs: Runs) -> Table:
     return table(("recipe", "processor", "minutes", "top-1 (%)", "seeds", "epochs", "iterations"), rows)
 
 
+def few_iterations_table() -> Table:
+    """Return the trials of slow_processor: top-1 on held-out images, seeds, epochs and iterations in three minutes."""
+    right, logs = analysis.correct("slow_processor"), curves("slow_processor")
+    rows = []
+    for trial in sorted(right, key=lambda trial: analysis.top1(right[trial]).mean):
+        ends = [rows_of_run[-1] for (name, _), rows_of_run in logs.items() if name == trial]
+        epochs, steps = (mean(end[key] for end in ends) for key in ("epoch", "step"))
+        rows.append((trial, analysis.top1(right[trial]), len(ends), f"{epochs:.1f}", f"{steps:,.0f}"))
+    return table(("images and batches", "held-out top-1 (%)", "seeds", "epochs", "iterations"), rows)
+
+
 def timed_runs(runs: Runs) -> Figure:
     """Plot top-1 of timed runs over their minutes: a dot per run, a line per recipe and processor.
 
-    Each recipe has a colour. The first processor has filled dots and solid lines; the next two have open diamonds with
-    dashed lines and open squares with dotted lines.
+    Each recipe has a colour. The first processor has filled dots and solid lines; the others have open diamonds with
+    dashed lines, open squares with dotted lines and open triangles with dash-dotted lines.
     """
-    fig, ax = figure(4.2)
+    fig, ax = figure(4.6)
     groups = _timed(runs)
     colors = dict(zip(dict.fromkeys(label for label, _, _ in groups), (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)))
-    styles = dict(zip(dict.fromkeys(cpu for _, cpu, _ in groups), (("-", "o"), ("--", "D"), (":", "s"))))
+    styles = dict(zip(dict.fromkeys(cpu for _, cpu, _ in groups), (("-", "o"), ("--", "D"), (":", "s"), ("-.", "^"))))
     for label, cpu in dict.fromkeys((label, cpu) for label, cpu, _ in groups):
         dashes, marker = styles[cpu]
         made = [same for key, same in groups.items() if key[:2] == (label, cpu)]  # the runs of each length
@@ -184,13 +208,13 @@ def timed_runs(runs: Runs) -> Figure:
         ax.plot(*means.T, **line)
         face = colors[label] if dashes == "-" else ax.get_facecolor()
         ax.plot(*np.concatenate(points).T, marker, color=colors[label], markerfacecolor=face, markersize=6)
-        alone = len(means) == 1  # a point without a line has its name on the left, where no line passes
-        place = {"xytext": (-8 if alone else 8, 0), "textcoords": "offset points", "ha": "right" if alone else "left"}
-        ax.annotate(f"{label},\n{cpu}", means[-1], **place, va="center", color=colors[label], fontsize=9)
+        line |= {"linestyle": dashes if len(means) > 1 else "", "marker": marker, "markerfacecolor": face}
+        ax.plot([], [], label=f"{label}; {cpu}", **line)
     ax.set_xscale("log")
     ax.set_xticks([3, 10, 30], ["3", "10", "30"])
     ax.minorticks_off()
-    ax.set(xlim=(1, 95), xlabel="minutes", ylabel="Imagenette top-1 (%)")
+    ax.set(xlim=(2.5, 36), xlabel="minutes", ylabel="Imagenette top-1 (%)")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 
