@@ -83,7 +83,7 @@ def runs(folder):
 
 def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder):
     assert result_figures.timed_table(runs).rows == (
-        ("ours", "A", "3", "61.0 ± 1.4", "2", "6.0", "60"),
+        ("ours", "A", "3", "61.0\xa0±\xa01.4", "2", "6.0", "60"),
         ("ours", "A", "10", "70.0", "1", "20.0", "200"),
         ("x", "A", "3", "40.0", "1", "6.0", "60"),
         ("ours", "A, AVX2", "3", "50.0", "1", "6.0", "60"),

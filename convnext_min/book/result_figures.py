@@ -171,7 +171,7 @@ def timed_table(runs: Runs) -> Table:
     rows = []
     for (label, cpu, minutes), made in groups.items():
         top1 = 100 * np.array([summary["top1"] for summary, _ in made])
-        spread = f" ± {top1.std(ddof=1):.1f}" if len(top1) > 1 else ""
+        spread = f"{analysis.NBSP}±{analysis.NBSP}{top1.std(ddof=1):.1f}" if len(top1) > 1 else ""
         epochs, steps = (mean(logged[-1][name] for _, logged in made) for name in ("epoch", "step"))
         accuracy = f"{top1.mean():.1f}{spread}"
         rows.append((label, cpu, f"{minutes:g}", accuracy, len(made), f"{epochs:.1f}", f"{steps:,.0f}"))
