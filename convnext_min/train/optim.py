@@ -105,11 +105,11 @@ def newton_schulz_float32(
     safety_factor: float = 1.0,
     **_: Any,
 ) -> Tensor:
-    """Orthogonalize an update (m, n) like timm's `zeropower_via_newtonschulz`, in float32, with fewer operations.
+    """Orthogonalize an update (m, n) like timm's `zeropower_via_newtonschulz`, in float32.
 
     A step replaces X by Z X with Z = a + b G + c G^2 and G = X X^T, so the result is the product of all Z, times the
-    first X. The next G is Z G Z. On the shorter side of the matrix this needs only two products with X. In bfloat16,
-    rounding errors of G would grow too much.
+    first X. The next G is Z G Z. Only two products involve X, all others the shorter side alone: for the linear layers
+    of a block, (4 C, C), that is fewer operations.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.float().mT if tall else matrix.float()
