@@ -16,6 +16,7 @@ from compatibility import (  # noqa: F401 (hooks)
 from helpers import folder_of_images
 from image_folders import WNIDS, write_images
 
+from convnext_min.book import results
 from convnext_min.data import synthetic_images
 
 
@@ -46,4 +47,11 @@ def damaged_root(image_root, tmp_path):
     for split in ("train", "val"):
         path = tmp_path / split / WNIDS[0] / "3.png"
         path.write_bytes(path.read_bytes()[:-40])
+    return tmp_path
+
+
+@pytest.fixture
+def results_folder(tmp_path, monkeypatch):
+    """Return an empty folder in which the book looks for recorded results."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
     return tmp_path

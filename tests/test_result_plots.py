@@ -10,13 +10,7 @@ from convnext_min.book import result_figures, results
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def ablation(folder):
+def ablation(results_folder):
     """Of 200 images the plain runs get 100 right, a good change 140 with two seeds and 138, a bad one 90."""
     labels = np.arange(IMAGES) % 10
     right = {("plain", 0): 100, ("plain", 1): 100, ("good", 0): 140, ("good", 1): 138, ("bad", 0): 90}
@@ -28,11 +22,11 @@ def ablation(folder):
         {"trial": trial, "seed": seed, "cpu": ("fast", "slow")[seed], "cpu_seconds": (1 + seed) * seconds[trial]}
         for trial, seed in right
     ]
-    write_csv(folder / "small_data_ablation" / "runs.csv", rows)
-    np.savez(folder / "small_data_ablation" / "predictions.npz", labels=labels, **answers)
+    write_csv(results_folder / "small_data_ablation" / "runs.csv", rows)
+    np.savez(results_folder / "small_data_ablation" / "predictions.npz", labels=labels, **answers)
     points = [{"step": 10, "top1": ""}, {"step": 20, "top1": 0.5}]
     curves = [{"trial": trial, "seed": seed} | point for trial, seed in right for point in points]
-    write_csv(folder / "small_data_ablation" / "curves.csv", curves)
+    write_csv(results_folder / "small_data_ablation" / "curves.csv", curves)
 
 
 def test_curves_are_numbers_by_trial_and_seed(ablation):
@@ -59,7 +53,7 @@ def test_every_seed_of_a_change_is_a_dot(ablation):
 
 
 @pytest.fixture
-def runs(folder):
+def runs(results_folder):
     made = []
     for label, run, minutes, top1 in (
         ("ours", "a", 3, 0.6),
@@ -68,7 +62,7 @@ def runs(folder):
         ("x", "d", 3, 0.4),
         ("ours", "slower", 3, 0.5),
     ):
-        path = folder / "imagenette" / run
+        path = results_folder / "imagenette" / run
         log = [{"epoch": 1.0, "step": 10, "seconds": 30 * minutes, "train_loss": 2.0, "top1": ""}]
         log += [
             {"epoch": minutes * 2.0, "step": minutes * 20, "seconds": 60 * minutes, "train_loss": 1.5, "top1": top1}
@@ -81,14 +75,14 @@ def runs(folder):
     return made
 
 
-def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, folder):
+def test_runs_with_the_same_label_processor_and_minutes_are_one_row(runs, results_folder):
     assert result_figures.timed_table(runs).rows == (
         ("ours", "A", "3", "61.0\xa0±\xa01.4", "2", "6.0", "60"),
         ("ours", "A", "10", "70.0", "1", "20.0", "200"),
         ("x", "A", "3", "40.0", "1", "6.0", "60"),
         ("ours", "A, AVX2", "3", "50.0", "1", "6.0", "60"),
     )
-    path = folder / "imagenette" / "d" / "summary.json"
+    path = results_folder / "imagenette" / "d" / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"images": IMAGES - 1}))
     with pytest.raises(ValueError, match=r"different numbers of images: \[199, 200\]"):
         result_figures.timed_table(runs)
@@ -121,7 +115,7 @@ def test_a_log_is_a_table_of_its_epochs():
     assert table.rows == (("2", "64", "501", "1.0e-03", "2.00", "1.50", "25.0%", "30.0%"),)
 
 
-def test_a_contest_has_a_row_for_each_implementation(folder):
+def test_a_contest_has_a_row_for_each_implementation(results_folder):
     speed, one = {"median": 297.5, "low": 288.4, "high": 301.0}, {"median": 1.0, "low": 1.0, "high": 1.0}
     results_ = {
         "convnext_min": {"images_per_second": speed, "ratio": one, "setting": "bf16, NCHW, eager"},
@@ -131,48 +125,48 @@ def test_a_contest_has_a_row_for_each_implementation(folder):
             "setting": "fp32, NCHW, eager",
         },
     }
-    (folder / "speed").mkdir()
+    (results_folder / "speed").mkdir()
     outcome = {"model": "convnext_atto", "resolution": 128, "batch_size": 32, "mode": "train", "results": results_}
-    (folder / "speed" / "train.json").write_text(json.dumps(outcome))
+    (results_folder / "speed" / "train.json").write_text(json.dumps(outcome))
     assert result_figures.benchmark_table("train").rows == (
         ("convnext_atto, 128 px, 32 images", "convnext_min", "298 (288–301)", "", "bf16, NCHW, eager"),
         ("", "timm", "129 (124–130)", "2.30 (2.22–2.34)", "fp32, NCHW, eager"),
     )
 
 
-def test_the_memory_of_each_implementation_is_a_row(folder):
-    (folder / "speed").mkdir()
+def test_the_memory_of_each_implementation_is_a_row(results_folder):
+    (results_folder / "speed").mkdir()
     measured = {
         name: {"setting": "bf16, NCHW, eager", "megabytes": megabytes}
         for name, megabytes in (("convnext_min", 980), ("timm", 1014))
     }
     outcome = {"model": "convnext_tiny", "resolution": 224, "batch_size": 8, "memory": measured}
-    (folder / "speed" / "memory.json").write_text(json.dumps(outcome))
+    (results_folder / "speed" / "memory.json").write_text(json.dumps(outcome))
     assert result_figures.memory_table("memory").rows == (
         ("convnext_tiny, 224 px, 8 images", "convnext_min", "980", "bf16, NCHW, eager"),
         ("convnext_tiny, 224 px, 8 images", "timm", "1,014", "bf16, NCHW, eager"),
     )
 
 
-def test_the_profile_of_an_iteration_ends_with_the_goal(folder):
-    (folder / "speed").mkdir()
+def test_the_profile_of_an_iteration_ends_with_the_goal(results_folder):
+    (results_folder / "speed").mkdir()
     contest = {"convnext_min": {"ratio": {"median": 1}}, "a": {"ratio": {"median": 1.5}}, "b": {"ratio": {"median": 2}}}
-    (folder / "speed" / "race.json").write_text(json.dumps({"results": contest}))
+    (results_folder / "speed" / "race.json").write_text(json.dumps({"results": contest}))
     part = {"setting": "A", "network": "n", "contest": "speed/race.json", "milliseconds": {"products": 60, "rest": 40}}
     tried = {"change": "c", "network": "n", "before": 10.2, "after": 9.6, "kept": False}
-    (folder / "speed" / "tried.json").write_text(json.dumps({"parts": [part], "tried": [tried]}))
+    (results_folder / "speed" / "tried.json").write_text(json.dumps({"parts": [part], "tried": [tried]}))
     rows = dict(result_figures.iteration_profile().rows)
     assert rows["products"] == "60 (60%)" and rows["all together"] == "100"
     assert rows["at three times the speed of the fastest other"] == "50"  # 100 ms are 1.5 times as fast
     assert result_figures.tried_changes().rows == (("c", "n", "10", "10", "left out"),)
 
 
-def test_curves_of_trials_and_their_averages(folder):
+def test_curves_of_trials_and_their_averages(results_folder):
     rows = [
         {"trial": trial, "seed": 0, "epoch": 1, "step": 10, "train_loss": 2, "top1": 0.5, "ema_top1": averaged}
         for trial, averaged in (("plain", 0.4), ("good", 0.3), ("bad", 0.2))
     ]
-    write_csv(folder / "small_data_ablation" / "curves.csv", rows)
+    write_csv(results_folder / "small_data_ablation" / "curves.csv", rows)
     left, right = result_figures.trial_curves(["plain", "good"]).axes
     assert [line.get_label() for line in left.lines[:2]] == ["plain", "good"]
     assert right.lines[0].get_ydata()[0] == 50 and right.lines[2].get_ydata()[0] == 10  # guessing
@@ -198,25 +192,27 @@ def test_confusions_count_images_of_a_class_by_their_answer():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
 
 
-def test_isotropic_networks_are_compared_at_the_rate_of_each(folder):
-    write_experiment(folder, "isotropic_lr", {"convnext, 0.002": [90], "convnext, 0.001": [80], "vit, 0.001": [70]})
+def test_isotropic_networks_are_compared_at_the_rate_of_each(results_folder):
+    write_experiment(
+        results_folder, "isotropic_lr", {"convnext, 0.002": [90], "convnext, 0.001": [80], "vit, 0.001": [70]}
+    )
     (ax,) = result_figures.isotropic_rates().axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines == {"isotropic ConvNeXt": [[0.001, 40], [0.002, 45]], "ViT": [[0.001, 35]]}
-    write_experiment(folder, "isotropic", {"convnext, 0.002": [100, 104], "vit, 0.001": [90]})
+    write_experiment(results_folder, "isotropic", {"convnext, 0.002": [100, 104], "vit, 0.001": [90]})
     convnext, vit = result_figures.isotropic_table().rows
     assert convnext[0] == "isotropic ConvNeXt" and convnext[3:] == ("0.002", "51.0\xa0±\xa01.4", "2", "1.0")
     assert vit[1:4] == ("0.70", "49", "0.001") and vit[4:6] == ("45.0", "1")
 
 
-def test_few_images_are_shown_by_method_with_a_dot_per_run(folder):
+def test_few_images_are_shown_by_method_with_a_dot_per_run(results_folder):
     trials = {"linear probe, 5": [100, 110], "linear probe, 20": [120], "from scratch, 5": [80]}
     columns = {
         "method": lambda trial: trial.rpartition(", ")[0],
         "images_per_class": lambda trial: trial.rpartition(", ")[2],
         "value": lambda trial: 0.01,
     }
-    write_experiment(folder, "few_images", trials, **columns)
+    write_experiment(results_folder, "few_images", trials, **columns)
     (ax,) = result_figures.few_images_curves().axes
     probe = next(line for line in ax.lines if line.get_label() == "linear probe")
     assert probe.get_xydata().tolist() == [[5, 52.5], [20, 60]]
@@ -228,25 +224,26 @@ def test_few_images_are_shown_by_method_with_a_dot_per_run(folder):
     assert rows["linear probe"] == ("52.5\xa0±\xa03.5 (0.01)", "60.0 (0.01)") and rows["from scratch"][1] == ""
 
 
-def test_runs_with_few_iterations_are_counted_at_their_ends(folder):
+def test_runs_with_few_iterations_are_counted_at_their_ends(results_folder):
     logs = [
         {"trial": trial, "seed": seed, "epoch": epoch, "step": 10 * epoch + seed}
         for trial, last in (("small", 4), ("large", 2))
         for seed in range(2)
         for epoch in (1, last)
     ]
-    write_csv(folder / "slow_processor" / "curves.csv", logs)
-    write_experiment(folder, "slow_processor", {"small": [120, 124], "large": [100, 100]})
+    write_csv(results_folder / "slow_processor" / "curves.csv", logs)
+    write_experiment(results_folder, "slow_processor", {"small": [120, 124], "large": [100, 100]})
     large, small = result_figures.few_iterations_table().rows
     assert small == ("small", "61.0\xa0±\xa01.4", "2", "4.0", "40")
     assert large[3:] == ("2.0", "20")
 
 
 @pytest.mark.parametrize("name", ["predictions", "answers"])
-def test_predictions_of_earlier_runs_have_another_name(name, folder):
-    (folder / "imagenette" / "one").mkdir(parents=True)
+def test_predictions_of_earlier_runs_have_another_name(name, results_folder):
+    (results_folder / "imagenette" / "one").mkdir(parents=True)
     np.savez(
-        folder / "imagenette" / "one" / "predictions.npz", **{name: np.uint16([1, 2]), "labels": np.uint16([1, 1])}
+        results_folder / "imagenette" / "one" / "predictions.npz",
+        **{name: np.uint16([1, 2]), "labels": np.uint16([1, 1])},
     )
     found, labels = result_figures.predictions("one")
     assert list(found) == [1, 2] and list(labels) == [1, 1] and found.dtype == int

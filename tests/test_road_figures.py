@@ -6,18 +6,12 @@ from matplotlib.container import BarContainer
 from recorded import write_csv, write_experiment
 
 from convnext_min import paper
-from convnext_min.book import analysis, results, road_figures
+from convnext_min.book import analysis, road_figures
 from convnext_min.roadmap import STEPS
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def road(folder):
+def road(results_folder):
     """Runs of every step with two seeds, each step 10 images of 2,000 better than the one before."""
     labels = np.arange(2000) % 10
     answers, rows = {}, []
@@ -26,8 +20,8 @@ def road(folder):
             right = np.arange(2000) < 1000 + 10 * i
             answers[f"{step}/{seed}"] = np.where(right, labels, labels + 1)
             rows.append({"trial": step, "seed": seed, "cpu_seconds": 60 * (i + 1)})
-    write_csv(folder / "road" / "runs.csv", rows)
-    np.savez(folder / "road" / "predictions.npz", labels=labels, **answers)
+    write_csv(results_folder / "road" / "runs.csv", rows)
+    np.savez(results_folder / "road" / "predictions.npz", labels=labels, **answers)
 
 
 def test_the_road_is_compared_step_by_step_with_the_paper(road):
@@ -80,19 +74,19 @@ def test_each_network_of_the_road_is_a_dot_at_its_time_and_accuracy(road):
     assert ax.texts[0].get_text() == "ResNet-50"
 
 
-def ends(folder, experiment, conditions):
+def ends(results_folder, experiment, conditions):
     """Runs under each condition: ConvNeXt is right on 100 of 1,000 images more than ResNet-50, with fan-in on 150."""
     labels, answers, rows = np.zeros(1000), {}, []
     for i, condition in enumerate(conditions):
         for end, more in (("resnet50", 0), ("convnext", 100), ("convnext, fan-in init", 150)):
             rows.append({"trial": f"{end}, {condition}", "seed": 0})
             answers[f"{end}, {condition}/0"] = (np.arange(1000) >= 400 + 100 * i + more).astype(int)
-    write_csv(folder / experiment / "runs.csv", rows)
-    np.savez(folder / experiment / "predictions.npz", labels=labels, **answers)
+    write_csv(results_folder / experiment / "runs.csv", rows)
+    np.savez(results_folder / experiment / "predictions.npz", labels=labels, **answers)
 
 
-def test_fractions_are_drawn_over_the_part_of_the_images(folder):
-    ends(folder, "convnext_init/data_and_length", ("10% of the images", "all images"))
+def test_fractions_are_drawn_over_the_part_of_the_images(results_folder):
+    ends(results_folder, "convnext_init/data_and_length", ("10% of the images", "all images"))
     ax = road_figures.fraction_curves([("10% of the images", 0.1), ("all images", 1.0)]).axes[0]
     lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
     assert list(lines["ConvNeXt, 0.02"].get_xdata()) == [10, 100]
@@ -100,10 +94,10 @@ def test_fractions_are_drawn_over_the_part_of_the_images(folder):
     assert list(lines["ConvNeXt, fan-in"].get_ydata()) == pytest.approx([55, 65])
 
 
-def test_both_recipes_are_compared_on_both_networks(folder):
+def test_both_recipes_are_compared_on_both_networks(results_folder):
     trials = {"resnet50, road-classic": [40, 42], "convnext, road-classic": [50, 50]}
-    write_experiment(folder, "recipe_by_architecture", trials, 100)
-    write_experiment(folder, "road", {"resnet50": [60, 60], "gelu": [99], "convnext": [50, 54]}, 100)
+    write_experiment(results_folder, "recipe_by_architecture", trials, 100)
+    write_experiment(results_folder, "road", {"resnet50": [60, 60], "gelu": [99], "convnext": [50, 54]}, 100)
     ax = road_figures.recipe_grid().axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
     assert lines == {"ResNet-50": pytest.approx([41, 60]), "ConvNeXt": pytest.approx([50, 52])}
@@ -113,17 +107,19 @@ def test_both_recipes_are_compared_on_both_networks(folder):
             for end in ("resnet50", "convnext")
             for seed in range(2)
         ]
-        write_csv(folder / name / "curves.csv", curves)
+        write_csv(results_folder / name / "curves.csv", curves)
     classic, small = road_figures.loss_by_recipe().axes
     assert classic.get_title() == "classic recipe" and [line.get_ydata()[0] for line in classic.lines] == [15.5, 15.5]
     assert [line.get_ydata()[0] for line in small.lines] == [1.5, 1.5]
     times = [{"trial": end, "cpu_seconds": t} for end in ("resnet50", "convnext") for t in (60, 120, 600)]
-    write_csv(folder / "road" / "runs.csv", times)
+    write_csv(results_folder / "road" / "runs.csv", times)
     assert road_figures.times_by_recipe().rows[1] == ("small-run recipe", "2.0", "2.0")
 
 
-def test_learning_rates_have_a_line_per_network(folder):
-    write_experiment(folder, "road_lr", {"resnet50, 0.004": [70], "resnet50, 0.002": [60], "gelu, 0.001": [10]}, 100)
+def test_learning_rates_have_a_line_per_network(results_folder):
+    write_experiment(
+        results_folder, "road_lr", {"resnet50, 0.004": [70], "resnet50, 0.002": [60], "gelu, 0.001": [10]}, 100
+    )
     (ax,) = road_figures.learning_rates().axes
     line, road = ax.lines
     assert list(line.get_xdata()) == [0.002, 0.004] and list(line.get_ydata()) == [60, 70]
@@ -131,16 +127,19 @@ def test_learning_rates_have_a_line_per_network(folder):
 
 
 @pytest.fixture
-def last_steps(folder):
+def last_steps(results_folder):
     """One step of the road whose best rate is the road's, and one whose best rate is lower."""
     lrs = [("gelu, 0.004", 3.0), ("layer_norm, 0.004", 2.0), ("layer_norm, 0.002", 1.5), ("layer_norm, 0.001", 1.7)]
     logs = [{"trial": t, "seed": 0, "epoch": e, "val_loss": loss / e} for t, loss in lrs for e in (1, 2)]
-    write_csv(folder / "road_lr" / "curves.csv", [*logs, *({**row, "trial": "fewer_norms, 0.004"} for row in logs[:2])])
+    write_csv(
+        results_folder / "road_lr" / "curves.csv",
+        [*logs, *({**row, "trial": "fewer_norms, 0.004"} for row in logs[:2])],
+    )
     steps = ("resnet50", "fewer_acts", "fewer_norms", "layer_norm", "convnext")
-    write_experiment(folder, "road", {step: [50 + i, 52 + i] for i, step in enumerate(steps)}, 100)
-    write_experiment(folder, "road_tuned", {"layer_norm, 0.002": [60, 62]}, 100)
+    write_experiment(results_folder, "road", {step: [50 + i, 52 + i] for i, step in enumerate(steps)}, 100)
+    write_experiment(results_folder, "road_tuned", {"layer_norm, 0.002": [60, 62]}, 100)
     write_experiment(
-        folder, "road_init", {"convnext, fan-in": [64, 66], "convnext, truncated normal 0.02": [30, 32]}, 100
+        results_folder, "road_init", {"convnext, fan-in": [64, 66], "convnext, truncated normal 0.02": [30, 32]}, 100
     )
 
 
@@ -162,19 +161,3 @@ def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
     lines = [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "-"]
     assert lines[0] == pytest.approx([52, 53, 54, 55])  # as on the road, without ResNet-50
     assert [tuple(line) for line in lines if len(line) == 1] == [(65,), (31,), (61,)]
-
-
-def test_networks_with_the_small_data_recipe_have_their_own_rates(folder):
-    steps, lrs = ("resnet50", "fewer_acts", "convnext"), (0.004, 0.008)
-    logs = [
-        {"trial": f"{step}, {lr:g}", "seed": 0, "epoch": 5, "val_loss": abs(lr - best)}
-        for step, best in zip(steps, (0.004, 0.008, 0.008))
-        for lr in lrs
-    ]
-    write_csv(folder / "small_recipe_lr" / "curves.csv", logs)
-    trials = {"resnet50, 0.004": [60, 62], "fewer_acts, 0.008": [70, 72], "convnext, 0.008": [58, 60]}
-    write_experiment(folder, "small_recipe_by_architecture", trials, 100)
-    first, second, third = road_figures.small_recipe_table().rows
-    assert first == ("ResNet-50", "0.004", "61.0\xa0±\xa01.4", "2", "")
-    assert second[:2] == ("fewer activations", "0.008") and second[4].startswith("+10.0 (")
-    assert third[0] == "separate downsampling" and third[4].startswith("-2.0 (")

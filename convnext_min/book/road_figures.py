@@ -10,7 +10,7 @@ from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.result_figures import by_value, curves
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Table, figure, table
-from convnext_min.experiments.trials import LAST_STEPS, SMALL_RECIPE_STEPS
+from convnext_min.experiments.trials import LAST_STEPS
 from convnext_min.recipes import RECIPES
 from convnext_min.roadmap import STEPS
 
@@ -170,10 +170,10 @@ def learning_rates() -> Figure:
     return fig
 
 
-def best_rates(experiment: str = "road_lr") -> dict[str, float]:
-    """Return the learning rate with the lowest held-out loss of each step of the road in a sweep of rates."""
+def best_rates() -> dict[str, float]:
+    """Return the learning rate with the lowest held-out loss of each step that was tried (road_lr)."""
     losses: dict[str, dict[float, float]] = {}
-    for (trial, _), log_rows in curves(experiment).items():
+    for (trial, _), log_rows in curves("road_lr").items():
         step, rate = trial.split(", ")
         losses.setdefault(step, {})[float(rate)] = log_rows[-1]["val_loss"]
     return {step: min(by_rate, key=by_rate.__getitem__) for step, by_rate in losses.items()}
@@ -270,21 +270,3 @@ def variants_table() -> Table:
                 gap = "" if variant == ON_ROAD else analysis.difference(base, by_step[step], pooled)
                 rows.append((_label(step), name, analysis.top1(by_step[step]), len(by_step[step]), gap))
     return table(("step", "variant", "top-1 (%)", "seeds", "change (points, 95%)"), rows)
-
-
-# The small-data recipe on the road
-
-
-def small_recipe_table() -> Table:
-    """Return top-1 of steps of the road with the small-data recipe, each at its best rate, beside ResNet-50.
-
-    The rates are the best of `small_recipe_lr`. Intervals come from the scatter between seeds, pooled over the steps.
-    """
-    runs, rates = analysis.correct("small_recipe_by_architecture"), best_rates("small_recipe_lr")
-    found = {step: runs[f"{step}, {rates[step]:g}"] for step in SMALL_RECIPE_STEPS}
-    pooled, first = analysis.scatter(found), found["resnet50"]
-    rows = []
-    for step, right in found.items():
-        gap = "" if step == "resnet50" else analysis.difference(first, right, pooled)
-        rows.append((_label(step), f"{rates[step]:g}", analysis.top1(right), len(right), gap))
-    return table(("step", "learning rate", "top-1 (%)", "seeds", "minus ResNet-50 (points, 95%)"), rows)
