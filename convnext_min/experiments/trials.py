@@ -143,7 +143,7 @@ CONDITIONS = {  # a part of the images with as many iterations as all of them; a
 
 SMALL_RECIPE = ("optimizer=muon", "progressive=((0.6, 64),)")
 SMALL_RECIPE_STEPS = ("resnet50", "fewer_acts", "convnext")
-SMALL_RECIPE_LRS = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+SMALL_RECIPE_LRS = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 # ---- Without a pyramid: isotropic ConvNeXt and ViT; both start from truncated normal weights of 0.02
