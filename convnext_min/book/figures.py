@@ -120,8 +120,8 @@ def design_table(name: str, design: Design) -> Table:
     return table(("field", name), [(field, getattr(value, "__name__", value)) for field, value in called.items()])
 
 
-def windows(image: Tensor, seen: Mapping[str, Sequence[tuple[int, int, int, int]]], margin: int = 12) -> Figure:
-    """Draw windows (top, left, height, width) on `image` (3, H, W), a panel per title, cut `margin` px around them."""
+def rectangles(image: Tensor, seen: Mapping[str, Sequence[tuple[int, int, int, int]]], margin: int = 12) -> Figure:
+    """Draw rectangles (top, left, height, width) on `image` (3, H, W), cut `margin` px around them; a panel a title."""
     fig, axes = figure(3.3, len(seen), squeeze=False)
     boxes = [box for group in seen.values() for box in group]
     top, left = min(box[0] for box in boxes) - margin, min(box[1] for box in boxes) - margin
@@ -136,10 +136,8 @@ def windows(image: Tensor, seen: Mapping[str, Sequence[tuple[int, int, int, int]
 
 def mixing_matrices(matrices: Mapping[str, Tensor], chans: int) -> Figure:
     """Draw the absolute values of matrices (chans * pixels, chans * pixels), divided into tiles by channel."""
-    use_style()
-    fig, axes = plt.subplots(2, 2, figsize=(6.0, 6.3))
-    plt.close(fig)
-    for ax, (name, matrix) in zip(axes.flat, matrices.items()):
+    fig, axes = figure(2.5, len(matrices))
+    for ax, (name, matrix) in zip(axes, matrices.items()):
         ax.imshow(matrix.abs(), cmap="Blues", vmax=matrix.abs().max())
         ax.set_title(name)
         pixels = len(matrix) // chans
@@ -147,10 +145,10 @@ def mixing_matrices(matrices: Mapping[str, Tensor], chans: int) -> Figure:
         ax.hlines(edges, edges[0], edges[-1], color=GREY, linewidth=0.7)
         ax.vlines(edges, edges[0], edges[-1], color=GREY, linewidth=0.7)
         middles, numbers = [(i + 0.5) * pixels for i in range(chans)], range(1, chans + 1)
-        ax.set(xticks=middles, yticks=middles, xticklabels=numbers, yticklabels=numbers)
-        ax.set(xlabel="input channel", ylabel="output channel")
+        ax.set(xticks=middles, yticks=middles, xticklabels=numbers, yticklabels=numbers, xlabel="input channel")
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
+    axes[0].set_ylabel("output channel")
     return fig
 
 
