@@ -20,9 +20,9 @@ from convnext_min.dense import recipes
 from convnext_min.dense.batches import DenseBatches
 from convnext_min.dense.datasets import DATASETS, DenseDataset, Target, check, shapes
 from convnext_min.dense.evaluation import evaluate
-from convnext_min.dense.models import DETECTORS, HEADS, create_dense_model
+from convnext_min.dense.models import DETECTORS, create_dense_model
 from convnext_min.dense.predict import load_model
-from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.dense.recipes import HEADS, DenseRecipe
 from convnext_min.environment import write_json
 from convnext_min.measure import count_parameters
 from convnext_min.recipes import parse_settings
