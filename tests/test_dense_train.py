@@ -126,6 +126,18 @@ def test_mean_iou_by_hand():
     assert scores.compute()["miou"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
 
 
+@pytest.mark.parametrize("head", ["upernet", "fcn"])
+def test_one_class_and_void_are_trained_on_and_scored(head):
+    def read(example):
+        image, target = drawn.read(example)
+        return image, {"labels": torch.where(target["labels"] > 0, 0, IGNORED)}
+
+    drawn = shapes(head)
+    data = datasets.DenseDataset(drawn.examples, read, ("object",), "one class", instances=False)
+    model, scores = train(f"{head}:convnext_atto", recipe(head, epochs="1"), data, data, config=PLAIN)
+    assert scores == {"miou": 1.0} and all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def test_segmentation_averages_sizes_and_flips(monkeypatch):
     model = create_dense_model("fcn:convnext_atto", recipe("fcn"), 3).eval()
     sizes = []

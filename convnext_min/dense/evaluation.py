@@ -73,7 +73,8 @@ class Scores:
         if self.instances:
             self.metric = MeanAveragePrecision(iou_type=("bbox", "segm"), backend="pycocotools")
         else:
-            self.metric = MulticlassConfusionMatrix(len(self.classes), ignore_index=IGNORED)
+            number = max(2, len(self.classes))  # torchmetrics refuses one class
+            self.metric = MulticlassConfusionMatrix(number, ignore_index=IGNORED)
 
     def update(self, found: Target, target: Target) -> None:
         """Count one image, given its predictions (see `predict`) and its target."""
