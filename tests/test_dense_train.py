@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_distributed import assert_close, in_processes
+from torch import nn
 
 from convnext_min import ConvNeXt, build, convnext_atto
 from convnext_min.dense import datasets, evaluation, predict, recipes
@@ -28,7 +27,6 @@ from convnext_min.train.loop import Stopped
 from convnext_min.train.optim import create_optimizer, learning_rate_scales
 from convnext_min.train.trainer import RunConfig
 
-ROOT = Path(__file__).parents[1]
 TINY = {  # networks of a few thousand weights, images of 64 pixels
     "depths": "(1, 1, 1, 1)",
     "dims": "(16, 32, 64, 128)",
@@ -411,15 +409,34 @@ def test_a_checkpoint_is_evaluated_again_with_other_tests(tmp_path, capsys, monk
 
 
 def test_two_processes_share_batches_and_evaluation(tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "convnext_min.dense.train", "--task", "shapes", "--head", "mask_rcnn", "--device", "cpu"]
-    command += ["--output", str(tmp_path), "--set", *settings(batch_size="32", base_batch="32", epochs="1")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    options = ["--task", "shapes", "--head", "mask_rcnn", "--device", "cpu", "--output", str(tmp_path / "run")]
+    in_processes(2, tmp_path, main, [*options, "--set", *settings(batch_size="32", base_batch="32", epochs="1")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["processes"], summary["micro_batch"], summary["steps"]) == (2, 16, 2)
     monkeypatch.undo()  # images as large as those of the other processes
-    model, state = predict.load_model(tmp_path / "checkpoint.pt")
+    model, state = predict.load_model(tmp_path / "run" / "checkpoint.pt")
     scores = evaluation.evaluate(model, datasets.shapes("val"), state["recipe"])
     assert {key: summary[key] for key in scores} == pytest.approx(scores, abs=1e-3)
+
+
+def trained_by_sgd():
+    """The weights of a segmentation network before and after three iterations; SGD minds the scale of gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "SHAPES_SIZE", 64)
+        for layer in ("BatchNorm2d", "Dropout2d"):  # on CPUs, each process has statistics and draws of its own
+            patch.setattr(nn, layer, nn.Identity)
+        sgd = recipe("fcn", optimizer="sgd", betas="None", base_lr="0.02", warmup="0.0")
+        trainer = prepare("fcn:convnext_atto", sgd, shapes("fcn", number=12), config=PLAIN)
+        before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+        for images, targets in trainer.batches.epoch():
+            trainer.train_step(images, targets)
+    return before, dict(trainer.model.state_dict())
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    before, alone = trained_by_sgd()
+    for mine in in_processes(2, tmp_path, trained_by_sgd):
+        assert_close(mine[0], before)
+        assert_close(mine[1], alone)
+    moved = max((alone[key] - before[key]).abs().max() for key in alone)
+    assert moved > 0.01  # far more than the tolerance

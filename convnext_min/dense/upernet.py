@@ -106,4 +106,5 @@ def upernet(features: ConvNeXtFeatures, num_classes: int, *, channels: int = 512
 
 def fcn(features: ConvNeXtFeatures, num_classes: int) -> Segmenter:
     """Build the plain head on C5, to compare with."""
+    features.norms[:3].requires_grad_(False)  # of levels without a loss: several processes wait for every gradient
     return Segmenter(features, FCN(features, num_classes), num_classes)
