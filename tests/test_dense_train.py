@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from test_distributed import assert_close, in_processes
 from torch import nn
 
-from convnext_min import ConvNeXt, build, convnext_atto
+from convnext_min import ConvNeXt, build, convnext_atto, weights
 from convnext_min.dense import datasets, evaluation, predict, recipes
 from convnext_min.dense.batches import DenseBatches, augment_instances, augment_semantic, plain
 from convnext_min.dense.features import ConvNeXtFeatures
@@ -297,6 +297,17 @@ def test_the_backbone_starts_from_a_folder_in_half_precision(backbone, source, s
     mine = model.features.network.state_dict()
     kept = [key for key in expected if not key.startswith(("norm.", "head."))]
     assert len(kept) > 100 and all(torch.equal(mine[key], expected[key]) for key in kept)
+
+
+def test_the_backbone_starts_from_a_tag(tmp_path, monkeypatch):
+    expected = convnext_atto(num_classes=7).state_dict()
+    torch.save({"model": expected}, tmp_path / "atto_22k.pth")
+    monkeypatch.setattr(weights, "OFFICIAL_URL", f"{tmp_path.as_uri()}/")
+    monkeypatch.setitem(weights.PRETRAINED, "convnext_atto", {"in22k": "atto_22k.pth"})
+    model = create_dense_model("fcn:convnext_atto", recipe("fcn", depths="None", dims="None"), 3, "in22k")
+    mine = model.features.network.state_dict()
+    assert len(mine) == len(expected) - 4  # without the last norm and the classifier
+    assert all(torch.equal(value, expected[key]) for key, value in mine.items())
 
 
 def test_missing_weights_are_named(tmp_path):
