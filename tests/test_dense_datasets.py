@@ -111,6 +111,20 @@ def test_an_annotation_of_coco_that_cannot_be_used_is_left_out(coco, values, sai
     assert train[0][1]["labels"].tolist() == [2]
 
 
+@pytest.mark.parametrize(
+    "segmentation",
+    [{"size": [30, 40], "counts": [30 * 40]}, [[60, 1, 70, 1, 70, 9]]],
+    ids=["no pixel", "outside the image"],
+)
+def test_an_object_whose_mask_is_empty_is_left_out(coco, segmentation):
+    change(coco, segmentation=segmentation)
+    train = datasets.coco("train", coco)
+    assert not train.problems and not datasets.check(train)
+    target = train[0][1]
+    assert target["labels"].tolist() == [2] and target["boxes"].tolist() == [[10, 5, 20, 15]]
+    assert [len(values) for values in target.values()] == [1, 1, 1, 1]
+
+
 def test_crowds_are_for_evaluation_only(coco):
     for split in ("train", "val"):
         path = coco / "annotations" / f"instances_{split}2017.json"
