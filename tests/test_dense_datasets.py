@@ -86,6 +86,21 @@ def test_coco_in_its_real_layout(coco):
     assert target["masks"].sum((1, 2)).tolist() == [12, 100]
 
 
+def test_the_boxes_of_coco_are_the_annotated_ones(coco):
+    change(coco, bbox=[2.25, 1.5, 3.5, 2.25])  # smaller than the mask's pixels
+    assert datasets.coco("train", coco)[0][1]["boxes"].tolist() == [[2.25, 1.5, 5.75, 3.75], [10, 5, 20, 15]]
+
+
+def test_many_problems_are_listed_in_part(coco):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    boxes = [{key: content["annotations"][0][key] for key in ("image_id", "category_id", "bbox")} for _ in range(500)]
+    path.write_text(json.dumps(content | {"annotations": [box | {"id": i} for i, box in enumerate(boxes)]}))
+    with pytest.raises(ValueError, match=r"no valid images in COCO train\n.*has no mask") as error:
+        datasets.coco("train", coco)
+    assert len(str(error.value).splitlines()) == 22 and str(error.value).endswith("and 480 more")
+
+
 def test_annotations_without_ids_are_an_error(coco):
     path = coco / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
@@ -216,6 +231,15 @@ def test_the_archive_of_nuclei_is_converted_once(monkeypatch, tmp_path):
     dataset = datasets.nuclei("train")
     assert [Path(example.image).name for example in dataset.examples] == ["a.png", "b.png"]
     assert dataset[0][1]["boxes"].tolist() == [[0, 0, 5, 5], [0, 10, 5, 15]]
+    folder, convert = tmp_path / "cache" / "nuclei", datasets.convert_nuclei
+    folder.rename(tmp_path / "faster")
+
+    def while_another_process_does_the_same(raw, done):
+        convert(raw, done)
+        (tmp_path / "faster").rename(folder)
+
+    monkeypatch.setattr(datasets, "convert_nuclei", while_another_process_does_the_same)
+    assert len(datasets.nuclei("train")) == 2
     archive.unlink()
     assert len(datasets.nuclei("train")) == 2  # from the cache
 
