@@ -339,14 +339,16 @@ def test_predictions_are_drawn_into_the_users_image(tmp_path, capsys):
         rng = np.random.default_rng(0)
         Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.jpg")
         (tmp_path / "broken.jpg").write_bytes(b"no image")
-        files = [str(tmp_path / name) for name in ("mine.jpg", "broken.jpg")]
+        files = [str(tmp_path / name) for name in ("mine.jpg", "broken.jpg", "out/mine.png")]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(files[2])
         checkpoint = str(tmp_path / head / "checkpoint.pt")
         with pytest.raises(SystemExit) as end:
             options = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--threshold", "0"]
             predict.main([*options, *files])
         assert end.value.code == 1
-        drawn = Image.open(tmp_path / "out" / "mine.png")
-        assert drawn.size == (70, 50)
+        sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+        assert sizes == {"mine.png": (40, 30), "mine-2.png": (70, 50), "mine-3.png": (40, 30)}
         said = capsys.readouterr()
         assert f"{files[0]}: " in said.out and f"error: {files[1]} cannot be read" in said.err
         assert ("Colours: background #0072b2" in said.out) == (head == "upernet")
@@ -393,6 +395,24 @@ def test_the_command_names_what_is_wrong_with_the_data(tmp_path):
     options[options.index("mask_rcnn")] = "upernet"
     with pytest.raises(SystemExit, match="nuclei has objects: upernet is not for them"):
         main(options)
+
+
+def test_upernet_needs_two_images_at_a_time(tmp_path):
+    options = ["--task", "shapes", "--head", "upernet", "--device", "cpu", "--dry-run", "--micro-batch", "1"]
+    with pytest.raises(SystemExit, match=r"upernet has a BatchNorm .* needs two images at a time"):
+        main([*options, "--set", *settings()])
+
+
+def test_a_detector_is_evaluated_again_with_other_sizes(tmp_path, monkeypatch):
+    data = shapes("mask_rcnn")
+    train("mask_rcnn:convnext_atto", recipe("mask_rcnn", epochs="1"), data, data, tmp_path, config=PLAIN)
+    tested = []
+    monkeypatch.setattr("convnext_min.dense.train.evaluate", lambda model, *_: tested.append(model) or {"mask_ap": 0.0})
+    command = ["--task", "shapes", "--device", "cpu", "--evaluate", str(tmp_path / "checkpoint.pt"), "--set"]
+    main([*command, "min_size=(48,)", "detections=7"])
+    assert tested[0].transform.min_size == (48,) and tested[0].roi_heads.detections_per_img == 7
+    with pytest.raises(SystemExit, match=r"the weights of .*checkpoint\.pt do not fit its recipe with"):
+        main([*command, "channels=24"])
 
 
 def test_a_checkpoint_is_evaluated_again_with_other_tests(tmp_path, capsys, monkeypatch):
