@@ -449,6 +449,20 @@ def test_two_processes_share_batches_and_evaluation(tmp_path, monkeypatch):
     assert {key: summary[key] for key in scores} == pytest.approx(scores, abs=1e-3)
 
 
+def scores_of(number):
+    """The scores of an untrained detector on some shapes, in each of several processes."""
+    torch.manual_seed(0)
+    model = create_dense_model("mask_rcnn:convnext_atto", recipe("mask_rcnn"), 3)
+    return evaluation.evaluate(model, shapes("mask_rcnn", "val", number), recipe("mask_rcnn"))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_processes_may_have_different_numbers_of_images(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_SIZE", 96)  # as in the other processes
+    first, second = in_processes(2, tmp_path, scores_of, number)
+    assert first == second == pytest.approx(scores_of(number), abs=1e-3)
+
+
 def trained_by_sgd():
     """The weights of a segmentation network before and after three iterations; SGD minds the scale of gradients."""
     with pytest.MonkeyPatch.context() as patch:
