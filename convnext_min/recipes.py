@@ -374,7 +374,10 @@ def get(name: str, settings: Iterable[str] = (), model: str | None = None) -> Re
     did not train with this recipe, and for a value of the wrong type or out of range.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; valid: {', '.join(RECIPES)}")
+        raise ValueError(
+            f"unknown recipe {name!r}; valid: {', '.join(RECIPES)}. Those of detection and segmentation are shown by "
+            "python -m convnext_min.dense.recipes"
+        )
     recipe, changes = RECIPES[name], parse_settings(Recipe, settings)
     for values in (_values_of_model(name, model, "drop_path" in changes), changes):
         recipe = replace(recipe, **values)
@@ -448,15 +451,21 @@ def source(name: str, field: str, model: str, changed: bool) -> str:
 def show(name: str, model: str, settings: Iterable[str] = ()) -> str:
     """Return all values of a recipe for `model`, one line per field: name, value, source."""
     settings = list(settings)
-    recipe, changed = get(name, settings, model), {setting.partition("=")[0] for setting in settings}
+    recipe, changed = get(name, settings, model), parse_settings(Recipe, settings)
     start = f", starting from {STARTS[name]}" if name in STARTS else ""
-    lines = [f"{name} for {model}{start}"]
-    for field in fields(Recipe):
-        value = getattr(recipe, field.name)
+    sources = {field.name: source(name, field.name, model, field.name in changed) for field in fields(Recipe)}
+    return list_values(f"{name} for {model}{start}", recipe, sources)
+
+
+def list_values(title: str, recipe: Recipe, sources: dict[str, str]) -> str:
+    """Return a title and a line for each field in `sources`: its name, its value in `recipe`, its source."""
+    lines = [title]
+    for name, where in sources.items():
+        value = getattr(recipe, name)
         shown = repr(value) if isinstance(value, (str, tuple)) else f"{value}"
-        if field.name == "warmup":
+        if name == "warmup":
             shown = f"{value * recipe.epochs:g} epochs" if recipe.minutes is None else f"{value:.0%} of the time"
-        lines.append(f"{field.name:<17} {shown:<28} {source(name, field.name, model, field.name in changed)}")
+        lines.append(f"{name:<17} {shown:<28} {where}")
     return "\n".join(lines)
 
 

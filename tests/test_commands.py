@@ -70,6 +70,12 @@ def test_the_page_about_dense_tasks_checks_the_folders_and_predicts():
     assert modules.count("convnext_min.dense.datasets") == 2 and modules.count("convnext_min.dense.predict") == 1
 
 
+def test_the_recipe_on_the_page_is_shown(capsys):
+    (line,) = [line for line in DENSE if "dense.recipes" in line]
+    dense_recipes.main(shlex.split(line)[3:])
+    assert "Swin's configuration" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line", DENSE_TRAINING)
 def test_a_command_for_a_dense_task_fits_its_recipe_and_its_processes(line):
     launcher, _, options = line.partition("convnext_min.dense.train ")

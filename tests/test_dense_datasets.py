@@ -86,6 +86,21 @@ def test_coco_in_its_real_layout(coco):
     assert target["masks"].sum((1, 2)).tolist() == [12, 100]
 
 
+def test_the_boxes_of_coco_are_the_annotated_ones(coco):
+    change(coco, bbox=[2.25, 1.5, 3.5, 2.25])  # smaller than the mask's pixels
+    assert datasets.coco("train", coco)[0][1]["boxes"].tolist() == [[2.25, 1.5, 5.75, 3.75], [10, 5, 20, 15]]
+
+
+def test_many_problems_are_listed_in_part(coco):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    boxes = [{key: content["annotations"][0][key] for key in ("image_id", "category_id", "bbox")} for _ in range(500)]
+    path.write_text(json.dumps(content | {"annotations": [box | {"id": i} for i, box in enumerate(boxes)]}))
+    with pytest.raises(ValueError, match=r"no valid images in COCO train\n.*has no mask") as error:
+        datasets.coco("train", coco)
+    assert len(str(error.value).splitlines()) == 22 and str(error.value).endswith("and 480 more")
+
+
 def test_annotations_without_ids_are_an_error(coco):
     path = coco / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
@@ -109,6 +124,20 @@ def test_an_annotation_of_coco_that_cannot_be_used_is_left_out(coco, values, sai
     train = datasets.coco("train", coco)
     assert train.problems == [f"{path}: {said}"]
     assert train[0][1]["labels"].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [{"size": [30, 40], "counts": [30 * 40]}, [[60, 1, 70, 1, 70, 9]]],
+    ids=["no pixel", "outside the image"],
+)
+def test_an_object_whose_mask_is_empty_is_left_out(coco, segmentation):
+    change(coco, segmentation=segmentation)
+    train = datasets.coco("train", coco)
+    assert not train.problems and not datasets.check(train)
+    target = train[0][1]
+    assert target["labels"].tolist() == [2] and target["boxes"].tolist() == [[10, 5, 20, 15]]
+    assert [len(values) for values in target.values()] == [1, 1, 1, 1]
 
 
 def test_crowds_are_for_evaluation_only(coco):
@@ -202,6 +231,15 @@ def test_the_archive_of_nuclei_is_converted_once(monkeypatch, tmp_path):
     dataset = datasets.nuclei("train")
     assert [Path(example.image).name for example in dataset.examples] == ["a.png", "b.png"]
     assert dataset[0][1]["boxes"].tolist() == [[0, 0, 5, 5], [0, 10, 5, 15]]
+    folder, convert = tmp_path / "cache" / "nuclei", datasets.convert_nuclei
+    folder.rename(tmp_path / "faster")
+
+    def while_another_process_does_the_same(raw, done):
+        convert(raw, done)
+        (tmp_path / "faster").rename(folder)
+
+    monkeypatch.setattr(datasets, "convert_nuclei", while_another_process_does_the_same)
+    assert len(datasets.nuclei("train")) == 2
     archive.unlink()
     assert len(datasets.nuclei("train")) == 2  # from the cache
 

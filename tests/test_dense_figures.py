@@ -63,6 +63,12 @@ def test_maps_have_names_and_shapes_and_as_many_arrows_as_asked():
     assert len(fig.artists) == 1
 
 
+def test_anchors_have_their_shapes():
+    by_level = [torch.tensor([[-4.0, -4.0, 4.0, 4.0]] * 3) * 2**i for i in range(5)]
+    fig = dense_figures.anchors(torch.rand(3, 64, 64), {}, by_level, (32.0, 32.0), torch.rand(7, 4))
+    assert [ax.get_title() for ax in fig.axes] == ["anchors at one place: 15×4", "anchors that match an object: 7×4"]
+
+
 def test_the_edge_of_a_mask_has_its_colour_and_the_image_stays_inside():
     mask = torch.zeros(1, 10, 10, dtype=torch.bool)
     mask[0, 2:8, 2:8] = True

@@ -1,5 +1,7 @@
 """The recipes for detection and segmentation: schedules, values per model, and what cannot be set."""
 
+from dataclasses import fields
+
 import pytest
 
 from convnext_min.dense import recipes
@@ -53,3 +55,50 @@ def test_settings_change_a_recipe_and_those_of_classifiers_are_refused():
         recipes.get("nuclei", "mask_rcnn", "convnext_atto", ["mixup=0.2"])
     with pytest.raises(ValueError, match=r"expected key=value with one of the keys .*anchor_scale"):
         recipes.get("nuclei", "mask_rcnn", "convnext_atto", ["anchors=2"])
+
+
+def shown(*arguments) -> tuple[str, dict[str, str]]:
+    """The title, and the value and source of each field."""
+    title, *lines = recipes.show(*arguments).splitlines()
+    return title, {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+
+
+def test_every_field_has_a_source():
+    names = {field.name for field in fields(recipes.DenseRecipe)}
+    assert names == recipes.SOURCES.keys() | set(recipes.FOR_CLASSIFIERS)
+    assert not recipes.SOURCES.keys() & set(recipes.FOR_CLASSIFIERS)
+    assert all(any(pair) for pair in recipes.SOURCES.values())
+    for task, heads in recipes.HEADS_OF.items():
+        for head in heads:
+            lines = shown(task, head, "convnext_tiny")[1]
+            assert lines.keys() == {name for name, pair in recipes.SOURCES.items() if pair["rcnn" not in head]}
+
+
+@pytest.mark.parametrize("values", [recipes.PER_MODEL, recipes.FROM_22K], ids=["per model", "from 22k"])
+def test_the_values_of_a_model_are_shown_with_their_source(values):
+    sources = {"crop": "Table 4", "min_size": recipes.BEIT, "max_size": recipes.BEIT}
+    for key, changes in values.items():
+        lines = shown(*key, (), "in22k" if values is recipes.FROM_22K else None)[1]
+        for name, value in changes.items():
+            assert lines[name].startswith(f"{value} ") and lines[name].endswith(sources.get(name, recipes.SWEEP))
+
+
+def test_sources_follow_the_task_the_network_and_the_settings():
+    title, coco = shown("coco", "mask_rcnn", "convnext_base", ["epochs=12"], "in22k")
+    assert title == "coco for mask_rcnn:convnext_base, starting from in22k"
+    assert coco["epochs"].startswith("12 ") and coco["epochs"].endswith("your setting")
+    assert coco["base_lr"].endswith("this package")  # no such network was released
+    assert coco["optimizer"].endswith("section 4") and coco["rois"].endswith("released configuration")
+    _, ade20k = shown("ade20k", "upernet", "convnext_tiny")
+    assert ade20k["warmup"].startswith("1.19063 epochs") and ade20k["warmup"].endswith("1,500 of 160,000 iterations")
+    _, nuclei = shown("nuclei", "mask_rcnn", "road:resnet50")
+    assert all(line.endswith("this package") for line in nuclei.values())
+
+
+def test_the_command_line_shows_and_refuses(capsys):
+    options = ["--head", "upernet", "--backbone", "convnext_tiny"]
+    recipes.main(["show", "camvid", *options, "--set", "crop=96"])
+    said = capsys.readouterr().out
+    assert said.startswith("camvid for upernet:convnext_tiny, starting from new weights\n") and "your setting" in said
+    with pytest.raises(SystemExit, match="error: upernet is not for coco; valid: mask_rcnn, cascade_mask_rcnn"):
+        recipes.main(["show", "coco", *options])

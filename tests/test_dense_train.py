@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +12,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_distributed import assert_close, in_processes
+from torch import nn
 
-from convnext_min import ConvNeXt, build, convnext_atto
+from convnext_min import ConvNeXt, build, convnext_atto, weights
 from convnext_min.dense import datasets, evaluation, predict, recipes
 from convnext_min.dense.batches import DenseBatches, augment_instances, augment_semantic, plain
 from convnext_min.dense.features import ConvNeXtFeatures
@@ -28,7 +27,6 @@ from convnext_min.train.loop import Stopped
 from convnext_min.train.optim import create_optimizer, learning_rate_scales
 from convnext_min.train.trainer import RunConfig
 
-ROOT = Path(__file__).parents[1]
 TINY = {  # networks of a few thousand weights, images of 64 pixels
     "depths": "(1, 1, 1, 1)",
     "dims": "(16, 32, 64, 128)",
@@ -126,6 +124,18 @@ def test_mean_iou_by_hand():
     assert scores.compute()["miou"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
 
 
+@pytest.mark.parametrize("head", ["upernet", "fcn"])
+def test_one_class_and_void_are_trained_on_and_scored(head):
+    def read(example):
+        image, target = drawn.read(example)
+        return image, {"labels": torch.where(target["labels"] > 0, 0, IGNORED)}
+
+    drawn = shapes(head)
+    data = datasets.DenseDataset(drawn.examples, read, ("object",), "one class", instances=False)
+    model, scores = train(f"{head}:convnext_atto", recipe(head, epochs="1"), data, data, config=PLAIN)
+    assert scores == {"miou": 1.0} and all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def test_segmentation_averages_sizes_and_flips(monkeypatch):
     model = create_dense_model("fcn:convnext_atto", recipe("fcn"), 3).eval()
     sizes = []
@@ -211,27 +221,26 @@ def test_batches_depend_on_seed_epoch_and_number_alone():
         DenseBatches(shapes("mask_rcnn", number=3), recipe("mask_rcnn"), 0)
 
 
-@pytest.mark.parametrize("head", ["mask_rcnn", "upernet"])
+@pytest.mark.parametrize("head", ["mask_rcnn", "cascade_mask_rcnn", "upernet"])
 def test_a_resumed_run_ends_with_the_same_weights(head, tmp_path, monkeypatch):
     run = (f"{head}:convnext_atto", recipe(head, epochs="2"), shapes(head, number=8), shapes(head, "val", 2))
-    _, scores = train(*run, tmp_path / "whole", config=PLAIN)
+    whole, scores = train(*run, tmp_path / "whole", config=PLAIN)
 
     original = DenseBatches.epoch
 
     def interrupted(self, epoch=0, start=0):
-        for k, batch in enumerate(original(self, epoch, start)):
-            if epoch * 2 + k == 3:
+        for batch in original(self, epoch, start):
+            if epoch == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(DenseBatches, "epoch", interrupted)
-    with pytest.raises(Stopped):
-        train(*run[:1], recipe(head, epochs="3"), *run[2:], tmp_path / "part", config=PLAIN)
-    monkeypatch.setattr(DenseBatches, "epoch", original)
-    longer, _ = train(*run[:1], recipe(head, epochs="3"), *run[2:], tmp_path / "part", resume=True, config=PLAIN)
-    again, _ = train(*run[:1], recipe(head, epochs="3"), *run[2:], config=PLAIN)
-    mine, theirs = longer.state_dict(), again.state_dict()
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseBatches, "epoch", interrupted)
+        with pytest.raises(Stopped, match="stopped after iteration 3"):
+            train(*run, tmp_path / "part", config=PLAIN)
+    resumed, _ = train(*run, tmp_path / "part", resume=True, config=PLAIN)
+    mine, theirs = resumed.state_dict(), whole.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
     files = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {"checkpoint.pt", "best.pt", "log.csv", "summary.json"} <= files
@@ -290,6 +299,17 @@ def test_the_backbone_starts_from_a_folder_in_half_precision(backbone, source, s
     assert len(kept) > 100 and all(torch.equal(mine[key], expected[key]) for key in kept)
 
 
+def test_the_backbone_starts_from_a_tag(tmp_path, monkeypatch):
+    expected = convnext_atto(num_classes=7).state_dict()
+    torch.save({"model": expected}, tmp_path / "atto_22k.pth")
+    monkeypatch.setattr(weights, "OFFICIAL_URL", f"{tmp_path.as_uri()}/")
+    monkeypatch.setitem(weights.PRETRAINED, "convnext_atto", {"in22k": "atto_22k.pth"})
+    model = create_dense_model("fcn:convnext_atto", recipe("fcn", depths="None", dims="None"), 3, "in22k")
+    mine = model.features.network.state_dict()
+    assert len(mine) == len(expected) - 4  # without the last norm and the classifier
+    assert all(torch.equal(value, expected[key]) for key, value in mine.items())
+
+
 def test_missing_weights_are_named(tmp_path):
     missing = str(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"no weights '.*missing' of convnext_atto"):
@@ -319,14 +339,16 @@ def test_predictions_are_drawn_into_the_users_image(tmp_path, capsys):
         rng = np.random.default_rng(0)
         Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.jpg")
         (tmp_path / "broken.jpg").write_bytes(b"no image")
-        files = [str(tmp_path / name) for name in ("mine.jpg", "broken.jpg")]
+        files = [str(tmp_path / name) for name in ("mine.jpg", "broken.jpg", "out/mine.png")]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(files[2])
         checkpoint = str(tmp_path / head / "checkpoint.pt")
         with pytest.raises(SystemExit) as end:
             options = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--threshold", "0"]
             predict.main([*options, *files])
         assert end.value.code == 1
-        drawn = Image.open(tmp_path / "out" / "mine.png")
-        assert drawn.size == (70, 50)
+        sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+        assert sizes == {"mine.png": (40, 30), "mine-2.png": (70, 50), "mine-3.png": (40, 30)}
         said = capsys.readouterr()
         assert f"{files[0]}: " in said.out and f"error: {files[1]} cannot be read" in said.err
         assert ("Colours: background #0072b2" in said.out) == (head == "upernet")
@@ -375,6 +397,24 @@ def test_the_command_names_what_is_wrong_with_the_data(tmp_path):
         main(options)
 
 
+def test_upernet_needs_two_images_at_a_time(tmp_path):
+    options = ["--task", "shapes", "--head", "upernet", "--device", "cpu", "--dry-run", "--micro-batch", "1"]
+    with pytest.raises(SystemExit, match=r"upernet has a BatchNorm .* needs two images at a time"):
+        main([*options, "--set", *settings()])
+
+
+def test_a_detector_is_evaluated_again_with_other_sizes(tmp_path, monkeypatch):
+    data = shapes("mask_rcnn")
+    train("mask_rcnn:convnext_atto", recipe("mask_rcnn", epochs="1"), data, data, tmp_path, config=PLAIN)
+    tested = []
+    monkeypatch.setattr("convnext_min.dense.train.evaluate", lambda model, *_: tested.append(model) or {"mask_ap": 0.0})
+    command = ["--task", "shapes", "--device", "cpu", "--evaluate", str(tmp_path / "checkpoint.pt"), "--set"]
+    main([*command, "min_size=(48,)", "detections=7"])
+    assert tested[0].transform.min_size == (48,) and tested[0].roi_heads.detections_per_img == 7
+    with pytest.raises(SystemExit, match=r"the weights of .*checkpoint\.pt do not fit its recipe with"):
+        main([*command, "channels=24"])
+
+
 def test_a_checkpoint_is_evaluated_again_with_other_tests(tmp_path, capsys, monkeypatch):
     options = ["--task", "shapes", "--head", "upernet", "--device", "cpu", "--epochs", "1", "--set", *settings()]
     main([*options, "--output", str(tmp_path)])
@@ -399,15 +439,48 @@ def test_a_checkpoint_is_evaluated_again_with_other_tests(tmp_path, capsys, monk
 
 
 def test_two_processes_share_batches_and_evaluation(tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "convnext_min.dense.train", "--task", "shapes", "--head", "mask_rcnn", "--device", "cpu"]
-    command += ["--output", str(tmp_path), "--set", *settings(batch_size="32", base_batch="32", epochs="1")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    options = ["--task", "shapes", "--head", "mask_rcnn", "--device", "cpu", "--output", str(tmp_path / "run")]
+    in_processes(2, tmp_path, main, [*options, "--set", *settings(batch_size="32", base_batch="32", epochs="1")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["processes"], summary["micro_batch"], summary["steps"]) == (2, 16, 2)
     monkeypatch.undo()  # images as large as those of the other processes
-    model, state = predict.load_model(tmp_path / "checkpoint.pt")
+    model, state = predict.load_model(tmp_path / "run" / "checkpoint.pt")
     scores = evaluation.evaluate(model, datasets.shapes("val"), state["recipe"])
     assert {key: summary[key] for key in scores} == pytest.approx(scores, abs=1e-3)
+
+
+def scores_of(number):
+    """The scores of an untrained detector on some shapes, in each of several processes."""
+    torch.manual_seed(0)
+    model = create_dense_model("mask_rcnn:convnext_atto", recipe("mask_rcnn"), 3)
+    return evaluation.evaluate(model, shapes("mask_rcnn", "val", number), recipe("mask_rcnn"))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_processes_may_have_different_numbers_of_images(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_SIZE", 96)  # as in the other processes
+    first, second = in_processes(2, tmp_path, scores_of, number)
+    assert first == second == pytest.approx(scores_of(number), abs=1e-3)
+
+
+def trained_by_sgd():
+    """The weights of a segmentation network before and after three iterations; SGD minds the scale of gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "SHAPES_SIZE", 64)
+        for layer in ("BatchNorm2d", "Dropout2d"):  # on CPUs, each process has statistics and draws of its own
+            patch.setattr(nn, layer, nn.Identity)
+        sgd = recipe("fcn", optimizer="sgd", betas="None", base_lr="0.02", warmup="0.0")
+        trainer = prepare("fcn:convnext_atto", sgd, shapes("fcn", number=12), config=PLAIN)
+        before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+        for images, targets in trainer.batches.epoch():
+            trainer.train_step(images, targets)
+    return before, dict(trainer.model.state_dict())
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    before, alone = trained_by_sgd()
+    for mine in in_processes(2, tmp_path, trained_by_sgd):
+        assert_close(mine[0], before)
+        assert_close(mine[1], alone)
+    moved = max((alone[key] - before[key]).abs().max() for key in alone)
+    assert moved > 0.01  # far more than the tolerance

@@ -29,7 +29,10 @@ RANDOM = replace(PLAIN, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
 
 # Processes are forked from one that has imported these, and so start at once.
 multiprocessing.set_forkserver_preload(
-    ["convnext_min.train.__main__", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
+    [
+        *("convnext_min.train.__main__", "convnext_min.dense.train", "torch.distributed.fsdp"),
+        *("torch.distributed.checkpoint.state_dict", "pytest"),
+    ]
 )
 
 
@@ -62,11 +65,11 @@ def with_gradients(images, config=None):
 
 
 def member(rank, world, port, function, arguments, results):
-    """What one process does, joined with the others, unless that is left to the command line."""
+    """What one process does, joined with the others, unless that is left to the `main` of a command line."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with contextlib.nullcontext() if function is main else distributed.processes("cpu"):
+    with contextlib.nullcontext() if function.__name__ == "main" else distributed.processes("cpu"):
         torch.save(function(*arguments), results / f"{rank}.pt")
 
 
@@ -84,7 +87,7 @@ def in_processes(world, folder, function, *arguments):
     for process in members:
         process.start()
     for process in members:
-        process.join(60)
+        process.join(300)
         process.kill()
     files = [results / f"{rank}.pt" for rank in range(world)]
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]

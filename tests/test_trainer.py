@@ -137,6 +137,18 @@ def test_checkpointed_activations_give_the_same_gradients_where_blocks_draw(imag
     assert sum(first) < sum(second) / 2
 
 
+def test_checkpointed_activations_count_running_statistics_once(images):
+    recipe = replace(TINY, width_multiplier=0.125, depths=None, dims=None, layer_scale_init=Recipe().layer_scale_init)
+    states = []
+    for config in (RunConfig(), RunConfig(checkpoint_activations=True)):
+        run = new_trainer(recipe, images, name="road:resnet50", config=config)
+        for x, y in run.batches.epoch(0):
+            run.train_step(x, y)
+        states.append(run.model.state_dict())
+    assert any(key.endswith("num_batches_tracked") for key in states[0])
+    assert equal(*states)
+
+
 def test_random_erasing_is_left_to_a_loader_that_does_it(images):
     recipe = replace(TINY, erasing=0.5)
     assert new_trainer(recipe, images).erase is not None

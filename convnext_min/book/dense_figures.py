@@ -143,12 +143,12 @@ def maps(rows: Sequence[Sequence[Map | None]], arrows: Sequence[Arrow] = ()) -> 
 def anchors(image: Tensor, target: Target, by_level: Sequence[Tensor], centre: tuple[float, float], matched: Tensor):
     """Draw anchors on an image: those of all levels, each (A, 4), at one place; and those `matched` with an object."""
     fig, ((left, right),) = _grid(1, 2, 3.7)
-    _show(left, image, "the anchors at one place")
+    _show(left, image, f"anchors at one place: {sum(map(len, by_level))}×4")
     shift = torch.tensor([*centre, *centre])
     for boxes, colour in zip(by_level, LEVEL_COLOURS):
         for box in boxes:
             _frame(left, box + shift, colour)
-    _show(right, image, f"the {len(matched)} anchors that match an object")
+    _show(right, image, f"anchors that match an object: {len(matched)}×4")
     for box in matched:
         _frame(right, box, GREEN, linewidth=0.8)
     for ax in (left, right):

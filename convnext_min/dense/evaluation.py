@@ -1,5 +1,7 @@
 """Metrics of detection and segmentation: COCO's average precision, and the mean IoU of the classes."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms.v2.functional import resize
 from tqdm.auto import tqdm
 
+from convnext_min.data.disk import start_worker
 from convnext_min.dense.batches import collate, plain
 from convnext_min.dense.datasets import DenseDataset, Target
 from convnext_min.dense.recipes import DenseRecipe
@@ -71,9 +74,11 @@ class Scores:
     def __init__(self, dataset: DenseDataset):
         self.instances, self.classes = dataset.instances, dataset.classes
         if self.instances:
-            self.metric = MeanAveragePrecision(iou_type=("bbox", "segm"), backend="pycocotools")
+            kinds = ("bbox", "segm")
+            self.metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", sync_on_compute=False)
         else:
-            self.metric = MulticlassConfusionMatrix(len(self.classes), ignore_index=IGNORED)
+            number = max(2, len(self.classes))  # torchmetrics refuses one class
+            self.metric = MulticlassConfusionMatrix(number, ignore_index=IGNORED)
 
     def update(self, found: Target, target: Target) -> None:
         """Count one image, given its predictions (see `predict`) and its target."""
@@ -85,6 +90,9 @@ class Scores:
 
     def compute(self) -> dict[str, float]:
         """Return the values in 0..1; a class that neither occurs nor is predicted does not count."""
+        if self.instances:  # torchmetrics gathers image by image: processes with fewer images would hang
+            for name, mine in self.metric.metric_state.items():
+                setattr(self.metric, name, list(chain.from_iterable(distributed.all_gather_object(mine))))
         values = self.metric.compute()
         if self.instances:
             names = {"mask_ap": "segm_map", "mask_ap50": "segm_map_50", "box_ap": "bbox_map", "box_ap50": "bbox_map_50"}
@@ -100,7 +108,7 @@ def evaluate(
     device, was_training, scores = next(model.parameters()).device, model.training, Scores(dataset)
     model.eval()
     mine = range(distributed.rank(), min(limit or len(dataset), len(dataset)), distributed.world_size())
-    loader = DataLoader(Subset(dataset, mine), num_workers=workers, collate_fn=collate)
+    loader = DataLoader(Subset(dataset, mine), num_workers=workers, collate_fn=collate, worker_init_fn=start_worker)
     silent = distributed.rank() > 0
     for (image,), (target,) in tqdm(loader, "evaluating", leave=False, delay=2, disable=silent or None):
         image, target = plain(image, target)

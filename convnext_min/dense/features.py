@@ -54,7 +54,18 @@ def with_fpn(features: ConvNeXtFeatures, out_channels: int = 256) -> nn.Sequenti
 
     Every level has `out_channels` channels; P6, of stride 64, is every second position of P5.
     """
-    fpn = FeaturePyramidNetwork(features.channels, out_channels, LastLevelMaxPool())
+    fpn = Pyramid(features.channels, out_channels, LastLevelMaxPool())
     backbone = nn.Sequential(OrderedDict(features=features, fpn=fpn))
     backbone.out_channels = out_channels  # torchvision's detectors read it
     return backbone
+
+
+class Pyramid(FeaturePyramidNetwork):
+    """torchvision's feature pyramid with float32 outputs, also under autocast.
+
+    torchvision's detectors give anchors, proposals and boxes the number format of the features, and a coordinate of
+    1,203 pixels is 1,200 in bfloat16.
+    """
+
+    def forward(self, levels: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        return OrderedDict((name, level.float()) for name, level in super().forward(levels).items())

@@ -4,15 +4,24 @@ Two details stay torchvision's: the box loss is smooth L1 (beta 1/9), not L1, an
 without `aligned`, not an adaptive number of points.
 """
 
+from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 
 from convnext_min.dense.features import ConvNeXtFeatures, with_fpn
 
 STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+class Float32RPNHead(RPNHead):
+    """torchvision's head of the proposals with float32 outputs, also under autocast: boxes are decoded from them."""
+
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return tuple([level.float() for level in values] for values in super().forward(levels))
 
 
 def mask_rcnn(
@@ -46,6 +55,7 @@ def mask_rcnn(
         rpn_anchor_generator=AnchorGenerator(
             tuple((round(anchor_scale * stride),) for stride in STRIDES), (ASPECT_RATIOS,) * len(STRIDES)
         ),
+        rpn_head=Float32RPNHead(channels, len(ASPECT_RATIOS)),
         rpn_post_nms_top_n_train=proposals,
         box_head=TwoMLPHead(channels * 7 * 7, hidden),
         box_predictor=FastRCNNPredictor(hidden, num_classes + 1),

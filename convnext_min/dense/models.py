@@ -8,15 +8,13 @@ from convnext_min.convnext import ConvNeXt
 from convnext_min.dense.cascade import cascade_mask_rcnn
 from convnext_min.dense.features import ConvNeXtFeatures
 from convnext_min.dense.mask_rcnn import mask_rcnn
-from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.dense.recipes import HEADS, DenseRecipe
 from convnext_min.dense.upernet import fcn, upernet
 from convnext_min.train.models import create_model
 from convnext_min.train.pretrained import Start, load_start
 from convnext_min.weights import load_pretrained
 
 DETECTORS = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade_mask_rcnn}
-SEGMENTERS = ("upernet", "fcn")
-HEADS = (*DETECTORS, *SEGMENTERS)
 BACKBONES = ("convnext_", "road:")
 
 

@@ -6,6 +6,8 @@ Each image is written again with the predictions drawn into it: masks, boxes and
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,28 @@ from convnext_min.dense.evaluation import predict
 from convnext_min.dense.models import create_dense_model
 from convnext_min.dense.recipes import DenseRecipe
 from convnext_min.dense.upernet import Segmenter
+from convnext_min.environment import printable
 from convnext_min.train.checkpoint import load_checkpoint
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")  # Okabe and Ito's
 
 
-def load_model(checkpoint: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(checkpoint: Path | str, settings: Mapping[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a run's checkpoint, in eval mode, and the checkpoint with its recipe as `DenseRecipe`.
 
-    Raises FileNotFoundError, or ValueError for a file that is no checkpoint of `convnext_min.dense.train`.
+    `settings` replace fields of the recipe, for example the sizes in a test, before the network is built. Raises
+    FileNotFoundError, or ValueError for a file that is no checkpoint of `convnext_min.dense.train` or does not fit.
     """
     state = load_checkpoint(checkpoint)
     try:
-        state["recipe"] = DenseRecipe(**state["recipe"])
+        state["recipe"] = DenseRecipe(**state["recipe"] | (settings or {}))
         model = create_dense_model(state["model"], state["recipe"], len(state["classes"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of convnext_min.dense.train: {error}") from error
-    model.load_state_dict(state["ema"] or state["weights"])
+    try:
+        model.load_state_dict(state["ema"] or state["weights"])
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {checkpoint} do not fit its recipe with {settings}: {error}") from error
     return model.eval(), state
 
 
@@ -73,6 +80,12 @@ def describe(found: Target, classes: tuple[str, ...], threshold: float = 0.5) ->
     return ", ".join(f"{shares[i]:.0%} {classes[i]}" for i in shares.argsort(descending=True) if shares[i] >= 0.005)
 
 
+def _names(folder: Path, stem: str) -> Iterator[Path]:
+    """Yield names for the drawing of an image: <stem>.png, then <stem>-2.png and so on."""
+    yield folder / f"{stem}.png"
+    yield from (folder / f"{stem}-{number}.png" for number in count(2))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Draw into each image; name images that cannot be read, and then exit with code 1."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.predict", description=__doc__)
@@ -87,19 +100,22 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     Path(args.output).mkdir(parents=True, exist_ok=True)
     failures, classes = 0, state["classes"]
+    taken = {Path(path).resolve() for path in args.images}  # neither an image nor another drawing is overwritten
     for path in tqdm(args.images, unit="image", disable=None):
         try:
             image = read_image(path, upright=True).as_subclass(Tensor)
         except ValueError as error:
             failures += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            tqdm.write(printable(f"error: {error}"), file=sys.stderr)
             continue
         found = predict(model, image.float() / 255, state["recipe"])
-        drawing = Path(args.output) / f"{Path(path).stem}.png"
+        drawing = next(name for name in _names(Path(args.output), Path(path).stem) if name.resolve() not in taken)
+        taken.add(drawing.resolve())
         to_pil_image(draw(image, found, classes, args.threshold)).save(drawing)
-        tqdm.write(f"{path}: {describe(found, classes, args.threshold)}; drawn in {drawing}")
+        tqdm.write(printable(f"{path}: {describe(found, classes, args.threshold)}; drawn in {drawing}"))
     if isinstance(model, Segmenter):
-        print("Colours:", ", ".join(f"{name} {color}" for name, color in zip(classes, palette(len(classes)))))
+        colours = ", ".join(f"{name} {color}" for name, color in zip(classes, palette(len(classes))))
+        print(printable(f"Colours: {colours}"))
     sys.exit(1 if failures else 0)
 
 

@@ -4,13 +4,21 @@ The paper gives ranges (appendix A.3); the values per model are those of the rel
 schedules: "3x" is 36 epochs of COCO, and 160,000 iterations of 16 images are 127 epochs of ADE20K. For ADE20K they
 test in two ways. The recipe has the one of Table 4: whole images in several sizes, each also mirrored. Table 7 tests
 one size with a sliding window as large as the crops of training: "test_scales=(1.0,)", "test_flip=False", "window=512".
+
+`python -m convnext_min.dense.recipes show coco --head mask_rcnn --backbone convnext_tiny` prints a recipe and the
+source of each value.
 """
 
+import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from convnext_min.recipes import POSITIVE, SIDE, Range, Recipe, field, parse_settings
+from convnext_min.recipes import POSITIVE, SIDE, Range, Recipe, field, list_values, parse_settings
+
+HEADS = ("mask_rcnn", "cascade_mask_rcnn", "upernet", "fcn")  # two for detection, two for segmentation
+HEADS_OF = {"coco": HEADS[:2], "ade20k": HEADS[2:], "nuclei": HEADS[:2], "camvid": HEADS[2:], "shapes": HEADS}
 
 SIDES = Range(lambda value: len(value) > 0 and min(value) >= 32, "one or more sides of at least 32")
 SCALES = Range(lambda value: len(value) > 0 and min(value) > 0, "one or more positive factors")
@@ -176,3 +184,92 @@ def get(
     if backbone.startswith("road:"):  # the road has its own initial weights and no layer scale
         recipe = replace(recipe, init="pytorch", layer_scale_init=Recipe.layer_scale_init)
     return replace(recipe, **parse_settings(DenseRecipe, settings))
+
+
+# ---- Sources of the values
+
+SECTION_4, RELEASED, BOOK = "section 4", "released configuration", "this package"
+SWIN, BEIT = "Swin's configuration", "BEiT's configuration"  # the released ones extend them (appendix A.3)
+SWEEP = "appendix A.3's ranges, released configuration"
+SOURCES = {  # field: where the recipes for COCO and ADE20K take it from; None: for the other kind of head
+    "epochs": (f"{SECTION_4}: 3x schedule", f"{SECTION_4}: 160,000 iterations"),
+    "minutes": (BOOK, BOOK),
+    "evaluate_every": (SWIN, BEIT),
+    "optimizer": (SECTION_4, RELEASED),
+    "betas": (RELEASED, RELEASED),
+    "batch_size": (SWIN, SECTION_4),
+    "base_lr": (SWEEP, SWEEP),
+    "base_batch": (SWIN, SECTION_4),
+    "warmup": (f"{SWIN}: 500 of 263,880 iterations", f"{RELEASED}: 1,500 of 160,000 iterations"),
+    "milestones": (RELEASED, RELEASED),
+    "weight_decay": (RELEASED, RELEASED),
+    "clip_grad": (RELEASED, RELEASED),
+    "layer_decay": (SWEEP, SWEEP),
+    "stage_wise": (RELEASED, RELEASED),
+    "drop_path": (SWEEP, SWEEP),
+    "ema_decay": (RELEASED, RELEASED),
+    "ema_horizon": (BOOK, BOOK),
+    "min_size": (RELEASED, BEIT),
+    "max_size": (RELEASED, BEIT),
+    "resize_and_crop": (RELEASED, None),
+    "vertical_flip": (RELEASED, None),
+    "crop": (None, "Table 4"),
+    "test_scales": (None, "Table 4: multi-scale, MMSegmentation"),
+    "test_flip": (None, "Table 4: multi-scale, MMSegmentation"),
+    "window": (None, RELEASED),
+    "channels": (RELEASED, RELEASED),
+    "hidden": (RELEASED, None),
+    "anchor_scale": (RELEASED, None),
+    "rois": (RELEASED, None),
+    "detections": (RELEASED, None),
+    "stem": ("section 2.2", "section 2.2"),
+    "init": ("released code", "released code"),
+    "layer_scale_init": (RELEASED, RELEASED),
+    "depths": ("section 3, by the model", "section 3, by the model"),
+    "dims": ("section 3, by the model", "section 3, by the model"),
+    "width_multiplier": (BOOK, BOOK),
+    "amp": (BOOK, BOOK),
+}
+OF_NETWORK = ("base_lr", "layer_decay", "drop_path", "init", "layer_scale_init")  # networks without a release: ours
+
+
+def source(task: str, head: str, backbone: str, field: str) -> str | None:
+    """Return the source of the value of `field` in a recipe, or None if the head does not use it."""
+    found = SOURCES[field][head in HEADS[2:]]
+    own = task not in ("coco", "ade20k") or (field in OF_NETWORK and (task, head, backbone) not in PER_MODEL)
+    return BOOK if found and own else found
+
+
+def show(task: str, head: str, backbone: str, settings: Iterable[str] = (), pretrained: str | None = None) -> str:
+    """Return the values of a recipe that its head uses, one line per field: name, value, source.
+
+    The arguments are those of `get`. Raises ValueError for a head that does not fit the task.
+    """
+    if head not in HEADS_OF[task]:
+        raise ValueError(f"{head} is not for {task}; valid: {', '.join(HEADS_OF[task])}")
+    settings = list(settings)
+    recipe, changed = get(task, head, backbone, settings, pretrained), parse_settings(DenseRecipe, settings)
+    found = {field: source(task, head, backbone, field) for field in SOURCES}
+    sources = {field: "your setting" if field in changed else where for field, where in found.items() if where}
+    return list_values(f"{task} for {head}:{backbone}, starting from {pretrained or 'new weights'}", recipe, sources)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.recipes", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    shows = commands.add_parser("show", help="print a recipe and the source of each value")
+    shows.add_argument("task", choices=HEADS_OF)
+    shows.add_argument("--head", required=True, choices=HEADS)
+    shows.add_argument("--backbone", required=True, help="such as convnext_tiny")
+    shows.add_argument("--pretrained", metavar="WEIGHTS", help="the backbone's: in22k has settings of its own")
+    shows.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the recipe")
+    args = parser.parse_args(argv)
+    try:
+        print(show(args.task, args.head, args.backbone, args.set, args.pretrained))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

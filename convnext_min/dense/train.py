@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from convnext_min.dense import recipes
 from convnext_min.dense.batches import DenseBatches
-from convnext_min.dense.datasets import DATASETS, DenseDataset, Target, check, shapes
+from convnext_min.dense.datasets import DATASETS, DenseDataset, Target, check, list_problems, shapes
 from convnext_min.dense.evaluation import evaluate
-from convnext_min.dense.models import DETECTORS, HEADS, create_dense_model
+from convnext_min.dense.models import DETECTORS, create_dense_model
 from convnext_min.dense.predict import load_model
-from convnext_min.dense.recipes import DenseRecipe
+from convnext_min.dense.recipes import HEADS, DenseRecipe
 from convnext_min.environment import write_json
 from convnext_min.measure import count_parameters
 from convnext_min.recipes import parse_settings
@@ -42,7 +41,6 @@ from convnext_min.train.loop import (
 )
 from convnext_min.train.trainer import RunConfig, Trainer
 
-SHOWN_PROBLEMS = 20
 CHECKED_IMAGES = 200  # of each split, before a run; `convnext_min.dense.datasets` checks all
 
 
@@ -60,6 +58,8 @@ class DenseTrainer(Trainer):
 
     def _check_outputs(self, name: str) -> None:
         self.model.train()
+        if name.startswith("upernet") and self.micro_batch * distributed.world_size() == 1:
+            raise ValueError("upernet has a BatchNorm on one position of each image, so it needs two images at a time")
 
     def _loss(self, x: list[Tensor], y: list[Target]) -> Tensor:
         """Return the sum of the losses that the network gives in training."""
@@ -173,8 +173,8 @@ def evaluate_checkpoint(
 
     Raises FileNotFoundError, or ValueError for settings or images that do not fit the checkpoint.
     """
-    model, state = load_model(checkpoint)
-    recipe = replace(state["recipe"], **parse_settings(DenseRecipe, settings))
+    model, state = load_model(checkpoint, parse_settings(DenseRecipe, settings))
+    recipe = state["recipe"]
     _, val_set = read_data(task, state["model"].partition(":")[0], data)
     if tuple(state["classes"]) != tuple(val_set.classes):
         classes = ", ".join(state["classes"][:3])
@@ -185,12 +185,6 @@ def evaluate_checkpoint(
 def print_scores(val_set: DenseDataset, scores: dict[str, float]) -> None:
     """Print the data set and its scores, in percent."""
     print_once(f"\n{val_set.source}: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
-
-
-def list_problems(title: str, lines: list[str]) -> str:
-    """Return a title and the first lines below it."""
-    rest = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] * (len(lines) > SHOWN_PROBLEMS)
-    return "\n  ".join([title, *lines[:SHOWN_PROBLEMS], *rest])
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:

@@ -71,9 +71,8 @@ def _pad(x: Tensor, height: int, width: int, value: float) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the pixels that are not ignored, 0 if there are none."""
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    """Return the cross-entropy, 0 for ignored pixels, averaged over all pixels as in MMSegmentation."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").mean()
 
 
 class FCN(nn.Module):
@@ -106,4 +105,5 @@ def upernet(features: ConvNeXtFeatures, num_classes: int, *, channels: int = 512
 
 def fcn(features: ConvNeXtFeatures, num_classes: int) -> Segmenter:
     """Build the plain head on C5, to compare with."""
+    features.norms[:3].requires_grad_(False)  # of levels without a loss: several processes wait for every gradient
     return Segmenter(features, FCN(features, num_classes), num_classes)

@@ -8,6 +8,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -112,10 +113,32 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(model: nn.Module) -> None:
     """Store only the input of each block, and recompute its activations in the backward pass (Chen et al., 2016).
 
-    Works in place. Gradients stay the same, also of blocks that draw random numbers; a step takes about a third longer.
+    Works in place. Gradients and running statistics stay the same, also of blocks that draw random numbers; a step
+    takes about a third longer.
     """
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        contexts = partial(_contexts, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of a checkpointed block's forward pass and of its recomputation."""
+    return nullcontext(), _without_statistics(block)
+
+
+@contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of a block's BatchNorms as they are."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # the share of the new statistics
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
