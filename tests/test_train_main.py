@@ -40,6 +40,16 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 144
 
 
+def test_a_command_that_stops_at_once_does_not_wait_for_slow_imports():
+    slow = "timm torchvision torch._dynamo torch.distributed.fsdp torch.utils.tensorboard matplotlib"
+    code = f"""
+import sys
+import convnext_min.train.__main__
+print(*set("{slow}".split()) & set(sys.modules))
+"""
+    assert not subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[1]).strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
