@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import command, folder_of_images, options
 
 from convnext_min import recipes
@@ -81,6 +82,16 @@ def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys)
     assert "2 gradient accumulation steps of 4 images" in out
     assert re.search(r"OK: batch .* s, iteration .* s, save .* s, load .* s, evaluation of a batch .* s; .* GB", out)
     assert not list(tmp_path.iterdir())
+
+
+def test_kernels_are_compiled_while_images_are_read(folder, tmp_path, monkeypatch):
+    calls, main_module = [], sys.modules["convnext_min.train.__main__"]
+    monkeypatch.setattr(main_module, "compile_ahead", lambda dtype: calls.append(dtype))
+    monkeypatch.setattr(main_module, "read_images", lambda *args: calls.append("images") or read_images(*args))
+    main(options(folder, tmp_path / "new", "--dry-run", "--set", "amp=bf16"))
+    assert calls == [torch.bfloat16, torch.float32, "images"]
+    main(options(folder, tmp_path / "new", "--dry-run", "--no-accelerate"))
+    assert calls[3:] == ["images"]
 
 
 def test_a_dry_run_of_some_minutes_has_no_window(folder, tmp_path, capsys):

@@ -58,6 +58,10 @@ class RunConfig:
         number, minutes = int(self.save_every.removesuffix("m")), self.save_every.endswith("m")
         return (math.inf, 60 * number) if minutes else (number, math.inf)
 
+    def accelerates(self, device: torch.device) -> bool:
+        """Return whether `convnext_min.fast` computes the layers of a run on `device`."""
+        return self.accelerate and device.type == "cpu" and not self.compile
+
 
 def micro_batch_size(recipe: Recipe, config: RunConfig) -> int:
     """Return the images per process and forward pass. Raises ValueError if they do not divide the batch."""
@@ -115,7 +119,7 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # for GPUs only
         self.model = model
         self._check_outputs(name)
-        self.accelerated = config.accelerate and device.type == "cpu" and not config.compile
+        self.accelerated = config.accelerates(device)
         if self.accelerated:
             fast.accelerate(model)
         self.ema = None
