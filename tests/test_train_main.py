@@ -105,6 +105,7 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
     assert "read from the disk" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["images"] == 16 and summary["recipe"]["rand_augment"]
+    assert 0 < summary["seconds_to_first_iteration"] <= summary["seconds"]
 
 
 @pytest.mark.parametrize(

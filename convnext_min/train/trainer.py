@@ -234,6 +234,8 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
+        if self.step == 1:
+            self.clock.first_iteration = round(self.clock.seconds, 1)
         self.meter.update(self.loss)
         return self.loss
 
