@@ -16,7 +16,7 @@ import torch
 from helpers import command, folder_of_images, options
 
 from convnext_min import recipes
-from convnext_min.train import loop
+from convnext_min.train import create_model, loop
 from convnext_min.train.__main__ import main, read_arguments, read_images
 from convnext_min.train.checkpoint import load_checkpoint
 
@@ -82,6 +82,15 @@ def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys)
     assert "2 gradient accumulation steps of 4 images" in out
     assert re.search(r"OK: batch .* s, iteration .* s, save .* s, load .* s, evaluation of a batch .* s; .* GB", out)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "device"), [("convnext_atto", "meta"), ("timm:convnext_atto", "cpu")])
+def test_a_network_is_checked_without_weights_before_images_are_read(model, device, tmp_path, monkeypatch):
+    made, main_module = [], sys.modules["convnext_min.train.__main__"]
+    monkeypatch.setattr(main_module, "create_model", lambda *args: made.append(create_model(*args)))
+    with pytest.raises(SystemExit, match="nowhere not found"):
+        main(["--model", model, "--data", "nowhere", "--output", str(tmp_path / "new")])
+    assert {parameter.device.type for parameter in made[0].parameters()} == {device}
 
 
 def test_kernels_are_compiled_while_images_are_read(folder, tmp_path, monkeypatch):

@@ -100,7 +100,9 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     recipe = recipes.get(args.recipe, args.set, args.model)
     checkpoint_in(args.output, args.resume)
     config = run_config(args, device)
-    create_model(args.model, recipe, 1)  # show errors now, not after the images are read
+    # Show errors now, not after the images are read; on "meta" without drawing weights, which other libraries may need.
+    with torch.device("cpu" if ":" in args.model else "meta"):
+        create_model(args.model, recipe, 1)
     micro_batch = micro_batch_size(recipe, config)
     dtype = autocast_dtype(recipe.amp, device) or torch.float32
     if args.wandb:
