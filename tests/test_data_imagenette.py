@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 from PIL import Image
+from torchvision.datasets import utils
 
 from convnext_min.data import image_folder, imagenette
 
@@ -122,14 +123,14 @@ def archive(root, tmp_path, monkeypatch):
 
 
 def test_a_process_that_downloads_more_slowly_than_another_takes_its_images(archive, monkeypatch, tmp_path):
-    plain = MODULE.download_and_extract_archive
+    plain = utils.download_and_extract_archive
 
     def download(url, root, md5):
         plain(url, root, md5=md5)
         name = "imagenette2-160"
         shutil.copytree(f"{root}/{name}", tmp_path / "home" / ".cache" / "convnext_min" / name)
 
-    monkeypatch.setattr(MODULE, "download_and_extract_archive", download)
+    monkeypatch.setattr(utils, "download_and_extract_archive", download)
     assert len(imagenette("train", size=32)) == 6
 
 

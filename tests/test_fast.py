@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -141,12 +142,17 @@ def test_in_bfloat16_the_error_is_no_larger_than_the_plain_models():
     assert max(ratios) < 2 and sum(ratios) < len(ratios)  # each is a matter of chance, the mean hardly
 
 
+def forget_kernels():
+    kernels.kernels.cache_clear()
+    kernels.compile_ahead.cache_clear()
+
+
 @pytest.fixture
 def compile_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernels.kernels.cache_clear()
+    forget_kernels()
     yield
-    kernels.kernels.cache_clear()
+    forget_kernels()
 
 
 @pytest.fixture
@@ -211,7 +217,7 @@ def counted(tmp_path, monkeypatch, cached):
 
 
 def load_again():
-    kernels.kernels.cache_clear()
+    forget_kernels()
     assert kernels.kernels(torch.float32) is not None
 
 
@@ -226,6 +232,43 @@ def test_kernels_are_compiled_once_for_a_compiler_and_a_machine(counted, monkeyp
     monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DANOTHER")
     load_again()
     assert counted.read_text() == "xxx"
+
+
+def test_the_first_use_waits_for_the_running_compilation(counted, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", script(tmp_path / "slow", f'sleep 1\nexec {os.environ["CXX"]} "$@"'))
+    future = kernels.compile_ahead(torch.float32)
+    assert not future.done()
+    assert kernels.kernels(torch.float32) is future.result()
+    assert counted.read_text() == "x"
+
+
+def test_an_error_in_the_background_is_reported_at_the_first_use(no_compiler, recwarn):
+    assert kernels.compile_ahead(torch.float32).exception() and not recwarn.list
+    with pytest.warns(UserWarning, match="no-such-compiler"):
+        assert kernels.kernels(torch.float32) is None
+
+
+CONTROL_C = """
+import os, pathlib, signal, sys, torch
+from convnext_min.fast.kernels import compile_ahead
+compile_ahead(torch.float32)
+while not pathlib.Path(sys.argv[1]).read_text():
+    pass
+os.killpg(0, signal.SIGINT)  # as a terminal does, to the whole group
+"""
+
+
+def test_control_c_while_compiling_leaves_nothing_behind_and_keeps_the_library(counted, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    code = [sys.executable, "-c", CONTROL_C, str(counted)]
+    done = subprocess.run(
+        code, env=os.environ | {"TMPDIR": str(temporary)}, start_new_session=True, stderr=subprocess.PIPE
+    )
+    assert done.returncode == -signal.SIGINT and b"KeyboardInterrupt" in done.stderr
+    assert not list(temporary.iterdir())
+    load_again()
+    assert counted.read_text() == "x"
 
 
 def test_a_damaged_library_is_not_loaded(counted):

@@ -197,11 +197,14 @@ def test_a_timed_run_that_is_resumed_counts_the_time_before(images, fake_time, t
             signal.raise_signal(signal.SIGINT)
 
     run = ("convnext_atto", recipe, images, images, tmp_path)
+    fake_time.seconds = 3.0  # until the first iteration
     with pytest.raises(KeyboardInterrupt):
         train(*run, after_step=stop, **TIMED)
     fake_time.seconds = 100.0
     history = train(*run, resume=True, config=RunConfig(started=98.0), after_step=fake_time.tick)
-    assert history.rows[-1]["step"] == 30 - 4 - clock.WRITING_SECONDS - 2  # the new process took 2 s to start
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seconds_to_first_iteration"] == 3.0  # of the first process
+    assert history.rows[-1]["step"] == 30 - 4 - clock.WRITING_SECONDS - 3 - 2  # the processes took 3 s and 2 s to start
     assert history.rows[-1]["seconds"] == 26 - clock.WRITING_SECONDS
 
 

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import command, folder_of_images, options
 
 from convnext_min import recipes
-from convnext_min.train import loop
+from convnext_min.train import create_model, loop
 from convnext_min.train.__main__ import main, read_arguments, read_images
 from convnext_min.train.checkpoint import load_checkpoint
 
@@ -38,6 +39,16 @@ def test_control_c_saves_and_says_how_to_go_on(tmp_path):
     go_on = [sys.executable, *shlex.split(again)]
     assert f"continuing at iteration {stopped}" in subprocess.check_output(go_on, text=True, **popen)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 144
+
+
+def test_a_command_that_stops_at_once_does_not_wait_for_slow_imports():
+    slow = "timm torchvision torch._dynamo torch.distributed.fsdp torch.utils.tensorboard matplotlib"
+    code = f"""
+import sys
+import convnext_min.train.__main__
+print(*set("{slow}".split()) & set(sys.modules))
+"""
+    assert not subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[1]).strip()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +84,25 @@ def test_a_dry_run_tries_everything_and_leaves_nothing(folder, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("model", "device"), [("convnext_atto", "meta"), ("timm:convnext_atto", "cpu")])
+def test_a_network_is_checked_without_weights_before_images_are_read(model, device, tmp_path, monkeypatch):
+    made, main_module = [], sys.modules["convnext_min.train.__main__"]
+    monkeypatch.setattr(main_module, "create_model", lambda *args: made.append(create_model(*args)))
+    with pytest.raises(SystemExit, match="nowhere not found"):
+        main(["--model", model, "--data", "nowhere", "--output", str(tmp_path / "new")])
+    assert {parameter.device.type for parameter in made[0].parameters()} == {device}
+
+
+def test_kernels_are_compiled_while_images_are_read(folder, tmp_path, monkeypatch):
+    calls, main_module = [], sys.modules["convnext_min.train.__main__"]
+    monkeypatch.setattr(main_module, "compile_ahead", lambda dtype: calls.append(dtype))
+    monkeypatch.setattr(main_module, "read_images", lambda *args: calls.append("images") or read_images(*args))
+    main(options(folder, tmp_path / "new", "--dry-run", "--set", "amp=bf16"))
+    assert calls == [torch.bfloat16, torch.float32, "images"]
+    main(options(folder, tmp_path / "new", "--dry-run", "--no-accelerate"))
+    assert calls[3:] == ["images"]
+
+
 def test_a_dry_run_of_some_minutes_has_no_window(folder, tmp_path, capsys):
     main(options(folder, tmp_path / "new", "--dry-run", "--minutes", "3"))
     assert "OK: batch" in capsys.readouterr().out
@@ -84,6 +114,7 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
     assert "read from the disk" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["images"] == 16 and summary["recipe"]["rand_augment"]
+    assert 0 < summary["seconds_to_first_iteration"] <= summary["seconds"]
 
 
 @pytest.mark.parametrize(

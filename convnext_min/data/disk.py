@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
@@ -65,6 +64,8 @@ def transform(recipe: Recipe, train: bool, resolution: int) -> Callable[[Image.I
     evaluation: the centre crop; with eval_crop=1 the whole image, squeezed into a square. The released code does the
     same.
     """
+    from timm.data import create_transform  # slow to import
+
     if train:
         made = create_transform(
             resolution,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets.utils import download_and_extract_archive
 from tqdm.auto import tqdm
 
 from convnext_min.data import decoded
@@ -163,6 +162,8 @@ def _download(size: int) -> Path | None:
                 "set IMAGENETTE_DIR to use the real images"
             )
             return None
+        from torchvision.datasets.utils import download_and_extract_archive  # slow to import
+
         with tempfile.TemporaryDirectory(dir=cache) as partial:  # an interrupted download leaves nothing behind
             try:
                 download_and_extract_archive(url, partial, md5=md5)

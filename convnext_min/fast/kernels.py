@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -43,12 +44,28 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     a C++ compiler or a temporary folder warn once and return None.
     """
     try:
-        key = _key(dtype)
-        return _load(cache.find(key)) or _build(dtype, key)
+        return compile_ahead(dtype).result()
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"training will be slower: kernels.cpp was not compiled ({reason})", stacklevel=2)
         return None
+
+
+@functools.cache
+def compile_ahead(dtype: torch.dtype) -> Future[ctypes.CDLL]:
+    """Start to find or compile the functions in a thread; `kernels` waits for it and reports its errors.
+
+    Python waits for the thread before it exits, so that no compiler and no temporary files are left behind.
+    """
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(_find_or_build, dtype)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _find_or_build(dtype: torch.dtype) -> ctypes.CDLL:
+    key = _key(dtype)
+    return _load(cache.find(key)) or _build(dtype, key)
 
 
 def _key(dtype: torch.dtype) -> str:
@@ -80,9 +97,9 @@ def _build(dtype: torch.dtype, key: str) -> ctypes.CDLL:
         for target in TARGETS:
             command = [*compiler(), *FLAGS, *target, f"-DT={TYPES[dtype]}", str(SOURCE), "-o", str(library)]
             try:
-                subprocess.run(
-                    command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
-                )
+                # In its own session, or Ctrl-C would end the compiler as if it refused the target.
+                options = {"stdin": subprocess.DEVNULL, "errors": "replace", "start_new_session": True}
+                subprocess.run(command, check=True, capture_output=True, text=True, **options)
                 loaded = ctypes.CDLL(str(library))
             except (OSError, subprocess.CalledProcessError) as error:
                 errors.append(error)

@@ -12,6 +12,7 @@ import torch
 
 from convnext_min import data, recipes
 from convnext_min.data import Data, ImageSet, disk
+from convnext_min.fast.kernels import compile_ahead
 from convnext_min.recipes import Recipe
 from convnext_min.train import distributed
 from convnext_min.train.command import add_machine_arguments, add_output_arguments, run_command, run_config
@@ -99,14 +100,19 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     recipe = recipes.get(args.recipe, args.set, args.model)
     checkpoint_in(args.output, args.resume)
     config = run_config(args, device)
-    create_model(args.model, recipe, 1)  # show errors now, not after the images are read
+    # Show errors now, not after the images are read; on "meta" without drawing weights, which other libraries may need.
+    with torch.device("cpu" if ":" in args.model else "meta"):
+        create_model(args.model, recipe, 1)
     micro_batch = micro_batch_size(recipe, config)
-    autocast_dtype(recipe.amp, device)
+    dtype = autocast_dtype(recipe.amp, device) or torch.float32
     if args.wandb:
         import_wandb()
     for path in filter(None, (args.finetune, args.class_map)):
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no {path}")
+    if config.accelerates(device):  # while the images are read
+        compile_ahead(dtype)
+        compile_ahead(torch.float32)  # the gradient of depthwise convolutions is always in float32
     train_set, val_set = read_images(args, recipe)
     images = len(train_set) if isinstance(train_set, ImageSet) else train_set.images
     rule = recipes.RECIPES[args.recipe]

@@ -23,6 +23,7 @@ class Clock:
         self.started = started
         self.resumed_seconds = self.resumed_cpu_seconds = 0.0  # of the processes that this one continues
         self.window = (0.0, 0.0)  # seconds at which a timed run starts and ends training
+        self.first_iteration: float | None = None  # seconds at its end
         self.stopped = False
         self.sync()
 
@@ -75,10 +76,12 @@ class Clock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the contents of a checkpoint that `load_state_dict` needs."""
-        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "window": self.window}
+        times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "first_iteration": self.first_iteration}
+        return {**times, "window": self.window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the time of a checkpoint."""
         self.resumed_seconds, self.resumed_cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.window = state["window"]
+        self.first_iteration = state.get("first_iteration")  # earlier checkpoints do not have it
         self.sync()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from convnext_min.environment import printable
@@ -157,6 +156,8 @@ def apply_fsdp(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         raise ValueError("--fsdp shards the network over processes: start several, with torchrun --nproc-per-node N")
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for module in [*blocks(model), model]:  # free the gathered weights after each forward pass, in evaluation too
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

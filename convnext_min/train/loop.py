@@ -326,7 +326,10 @@ def write_summary(trainer: Trainer, result: Evaluation, validation: str, folder:
 
 
 def summarize(trainer: Trainer, validation: str, images: int, scores: dict[str, float]) -> dict[str, Any]:
-    """Return the contents of summary.json: the run, its `scores` on the validation images, its cost, the machine."""
+    """Return the contents of summary.json: the run, its `scores` on the validation images, its cost, the machine.
+
+    Both `seconds` and `seconds_to_first_iteration`, which includes that iteration, count from the start of the process.
+    """
     return {
         **trainer.identity,
         "validation": validation,
@@ -335,6 +338,7 @@ def summarize(trainer: Trainer, validation: str, images: int, scores: dict[str, 
         "parameters": count_parameters(trainer.model),
         "steps": trainer.step,
         "seconds": round(trainer.clock.seconds, 1),
+        "seconds_to_first_iteration": trainer.clock.first_iteration,
         "cpu_seconds": round(trainer.clock.cpu_seconds, 1),
         "processes": distributed.world_size(),
         "micro_batch": trainer.micro_batch,

@@ -4,10 +4,8 @@ The blocks, the stages and the downsampling layers stay as in the paper.
 """
 
 from functools import partial
+from typing import Any
 
-import timm
-import torchvision
-from timm.models import VisionTransformer
 from torch import nn
 
 from convnext_min import roadmap
@@ -28,17 +26,21 @@ FIELDS = {
     "init": (*VARIANTS, ROAD),
     "width_multiplier": (ROAD,),
 }
+
+
+def _vision_transformer(**options: Any) -> nn.Module:
+    from timm.models import VisionTransformer  # slow to import, here and below
+
+    return VisionTransformer(img_size=64, patch_size=8, depth=6, embed_dim=96, num_heads=3, **options)
+
+
 # Chapter 13: at one resolution and one width throughout, 8x8 vectors of 96 channels for an image of 64x64. Half the
 # depth and a quarter of the width of the paper's isotropic ConvNeXt-S and ViT-S, and like these of one size: 0.7M.
 ISOTROPIC = {
     "convnext": partial(ConvNeXtIsotropic, depth=9, dim=96, patch_size=8),
-    "vit": partial(VisionTransformer, img_size=64, patch_size=8, depth=6, embed_dim=96, num_heads=3),
+    "vit": _vision_transformer,
 }
-# The function that creates a network of a library, and its argument for the rate of stochastic depth.
-LIBRARIES = {
-    "timm": (timm.create_model, "drop_path_rate"),
-    "torchvision": (torchvision.models.get_model, "stochastic_depth_prob"),
-}
+LIBRARIES = {"timm": "drop_path_rate", "torchvision": "stochastic_depth_prob"}  # names of the rate of stochastic depth
 
 
 def create_model(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
@@ -102,9 +104,12 @@ def _create_variant(name: str, recipe: Recipe, num_classes: int) -> ConvNeXt | C
 
 def _create_from_library(name: str, recipe: Recipe, num_classes: int) -> nn.Module:
     library, _, rest = name.partition(":")
-    create, rate = LIBRARIES[library]
+    if library == "timm":
+        from timm import create_model as create
+    else:
+        from torchvision.models import get_model as create
     try:
-        return create(rest, num_classes=num_classes, **{rate: recipe.drop_path})
+        return create(rest, num_classes=num_classes, **{LIBRARIES[library]: recipe.drop_path})
     except TypeError:  # not every network takes a rate
         if recipe.drop_path:
             raise ValueError(f"{name} has no stochastic depth: --set drop_path=0.0") from None

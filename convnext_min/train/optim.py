@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, muon
 from torch import Tensor, nn
 
 from convnext_min.convnext import ConvNeXt
@@ -91,6 +90,8 @@ def learning_rate_scales(model: nn.Module, decay: float, stage_wise: bool = Fals
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer, built by timm, for the trainable parameters of `model`."""
+    from timm.optim import create_optimizer_v2  # slow to import, here and below
+
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.stage_wise)
     options = {"betas": recipe.betas} if recipe.betas else {}
     options |= MUON if recipe.optimizer == "muon" else {}
@@ -131,6 +132,8 @@ def muon_in_float32() -> Iterator[None]:
 
     Its own function computes in bfloat16. On a CPU without bfloat16 instructions PyTorch then needs seconds for a step.
     """
+    from timm.optim import muon
+
     plain = muon.zeropower_via_newtonschulz
     muon.zeropower_via_newtonschulz = newton_schulz_float32
     try:
@@ -141,6 +144,8 @@ def muon_in_float32() -> Iterator[None]:
 
 def step_context(optimizer: torch.optim.Optimizer, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Return the context for `optimizer.step()` in a run with autocast to `dtype`: Muon in bfloat16 or in float32."""
+    from timm.optim import muon
+
     if isinstance(optimizer, muon.Muon) and dtype != torch.bfloat16:
         return muon_in_float32()
     return contextlib.nullcontext()

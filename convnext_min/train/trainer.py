@@ -8,11 +8,10 @@ by rounding and in the random numbers of stochastic depth, mixing and erasing.
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -58,6 +57,10 @@ class RunConfig:
             return math.inf, math.inf
         number, minutes = int(self.save_every.removesuffix("m")), self.save_every.endswith("m")
         return (math.inf, 60 * number) if minutes else (number, math.inf)
+
+    def accelerates(self, device: torch.device) -> bool:
+        """Return whether `convnext_min.fast` computes the layers of a run on `device`."""
+        return self.accelerate and device.type == "cpu" and not self.compile
 
 
 def micro_batch_size(recipe: Recipe, config: RunConfig) -> int:
@@ -116,7 +119,7 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # for GPUs only
         self.model = model
         self._check_outputs(name)
-        self.accelerated = config.accelerate and device.type == "cpu" and not config.compile
+        self.accelerated = config.accelerates(device)
         if self.accelerated:
             fast.accelerate(model)
         self.ema = None
@@ -127,6 +130,8 @@ class Trainer:
         self.optimizer = create_optimizer(model, recipe)
         self.mix, self.erase = self._mixing(), None
         if recipe.erasing and not batches.erases:
+            from timm.data.random_erasing import RandomErasing  # slow to import, here and below
+
             self.erase = RandomErasing(recipe.erasing, mode="pixel", device=device)
         self.identity = {  # must be equal when a run is resumed
             "model": name,
@@ -164,12 +169,14 @@ class Trainer:
             distributed.checkpoint_activations(self.model)
         return self.model if self.config.fsdp else distributed.wrap_ddp(self.model)
 
-    def _mixing(self) -> Mixup | None:
+    def _mixing(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         recipe, images, classes = self.recipe, self.batches.images, len(self.batches.classes)
         if not (recipe.mixup or recipe.cutmix):
             return None
         if min(recipe.batch_size, images) % 2:
             raise ValueError(f"mixup and cutmix need an even batch, and there are only {images} images")
+        from timm.data import Mixup
+
         return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
 
     def __str__(self) -> str:
@@ -227,6 +234,8 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
+        if self.step == 1:
+            self.clock.first_iteration = round(self.clock.seconds, 1)
         self.meter.update(self.loss)
         return self.loss
 
