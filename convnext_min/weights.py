@@ -210,8 +210,9 @@ def create(name: str, pretrained: Any = None, averaged: bool = False, **options)
 def load(source: Any, averaged: bool = False, **options) -> nn.Module:
     """Build the network whose weights are in a file, at a URL, in a Hugging Face folder or in a state dict.
 
-    The sizes come from the weights; `options` are added, such as `num_classes=10` or `drop_path_rate=0.1`. Raises as
-    `read_state_dict` and `load_weights` do.
+    The sizes come from the weights; `options` are added, such as `num_classes=10` or `drop_path_rate=0.1`. A file at a
+    URL is checked against the start of its SHA-256 digest if its name ends in one, as in `model-983f1562.pth`; digits
+    without a letter, such as a date, are not taken for a digest. Raises as `read_state_dict` and `load_weights` do.
     """
     state = to_official(read_state_dict(source, averaged))
     sizes = infer_sizes(state)
