@@ -95,21 +95,26 @@ def read_state_dict(
 ) -> State:
     """Return the weights in a file, at a URL, in a Hugging Face folder or in a loaded checkpoint; see `unwrap`.
 
-    `sha256` and `progress` are passed to `download`. Raises as `read_checkpoint`, `unwrap` and `download` do; what
-    was downloaded and cannot be read is deleted from the cache.
+    `sha256` and `progress` are passed to `download`. Raises as `read_source` and `unwrap` do.
     """
-    if isinstance(source, Mapping):
-        return unwrap(source, averaged)
+    return unwrap(source if isinstance(source, Mapping) else read_source(source, sha256, progress), averaged)
+
+
+def read_source(source: Path | str, sha256: str | None = None, progress: bool = True) -> Any:
+    """Return the contents of a checkpoint in a file, at a URL or in a Hugging Face folder, by `read_checkpoint`.
+
+    `sha256` and `progress` are passed to `download`. Raises as `read_checkpoint` and `download` do; what was downloaded
+    and cannot be read is deleted from the cache.
+    """
     if "://" not in str(source):
-        return unwrap(read_checkpoint(source), averaged)
+        return read_checkpoint(source)
     path = download(str(source), sha256, progress)
     try:
-        checkpoint = read_checkpoint(path)
+        return read_checkpoint(path)
     except ValueError:
         if not str(source).startswith("file:"):
             path.unlink()  # a page with an error message, for example: download again next time
         raise
-    return unwrap(checkpoint, averaged)
 
 
 class Ignored:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from helpers import command, folder_of_images, options
 
-from convnext_min import recipes
+from convnext_min import recipes, weights
+from convnext_min.convnext import ConvNeXt
 from convnext_min.train import loop
 from convnext_min.train.__main__ import main, read_arguments, read_images
 from convnext_min.train.checkpoint import load_checkpoint
@@ -92,7 +93,8 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
         (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
         (("--micro-batch", "3"), "error: a batch of 8 images cannot be divided into micro-batches of 3 images"),
         (("--micro-batch", "0"), "error: a batch of 8 images cannot be divided into micro-batches of 0 images"),
-        (("--finetune", "none.pt"), "error: there is no none.pt"),
+        (("--finetune", "none.pt"), "error: there are no weights 'none.pt' of convnext_atto: none were released"),
+        (("--finetune", "x://a", "--class-map", "none.txt"), "error: there is no none.txt"),
         (("--fsdp",), "error: --fsdp shards the network over processes: start several, with torchrun"),
         (("--save-every", "often"), "error: save_every takes iterations"),
         (("--keep", "0"), "error: keep must be at least 1, got 0"),
@@ -107,6 +109,21 @@ def test_what_does_not_work_is_said_in_a_line(folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         main([*options(folder, tmp_path / "run"), *more])
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "address", "tag"])
+def test_fine_tuning_starts_from_a_folder_an_address_or_a_tag(folder, tmp_path, monkeypatch, capsys, kind):
+    network = ConvNeXt(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    path = weights.save_pretrained(network, tmp_path / "weights") / "model.safetensors"
+    monkeypatch.setattr(weights, "OFFICIAL_URL", f"{path.parent.as_uri()}/")
+    monkeypatch.setitem(weights.PRETRAINED, "convnext_atto", {"in22k": path.name})
+    start, found = {
+        "folder": (str(path.parent), str(path.parent)),
+        "address": (path.as_uri(), path.as_uri()),
+        "tag": ("in22k", path.as_uri()),
+    }[kind]
+    main(options(folder, tmp_path / "run", "--dry-run", "--finetune", start))
+    assert f"weights from {found}; the classifier is new, for 2 classes" in capsys.readouterr().out
 
 
 def test_sigterm_exits_with_a_code_for_the_cluster(folder, tmp_path, monkeypatch, capsys):

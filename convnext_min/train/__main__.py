@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from convnext_min import data, recipes
+from convnext_min import data, recipes, weights
 from convnext_min.data import Data, ImageSet, disk
 from convnext_min.recipes import Recipe
 from convnext_min.train import distributed
@@ -38,7 +38,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run")
     if (args.finetune_ema or args.class_map) and not args.finetune:
-        parser.error("--finetune-ema and --class-map need the checkpoint: --finetune FILE")
+        parser.error("--finetune-ema and --class-map need the checkpoint: --finetune WEIGHTS")
     if args.epochs:
         args.set += [f"epochs={args.epochs}", "minutes=None"]
     if args.minutes:
@@ -69,8 +69,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     first = parser.add_argument_group("initial weights")
     first.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
-    first.add_argument("--finetune", metavar="FILE", help="start from the weights of a run or of an official release")
-    first.add_argument("--finetune-ema", action="store_true", help="start from the file's EMA weights instead")
+    first.add_argument(
+        "--finetune", metavar="WEIGHTS", help="start from a run's checkpoint, a file, a folder, a URL or a tag (in22k)"
+    )
+    first.add_argument("--finetune-ema", action="store_true", help="start from the checkpoint's EMA weights instead")
     first.add_argument("--class-map", metavar="FILE", help="file of source-class indices for the new classifier's rows")
     add_output_arguments(parser)
 
@@ -104,14 +106,15 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     autocast_dtype(recipe.amp, device)
     if args.wandb:
         import_wandb()
-    for path in filter(None, (args.finetune, args.class_map)):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no {path}")
+    start = None
+    if args.finetune:
+        start = Start(weights.find(args.model, args.finetune), args.finetune_ema, args.class_map)
+    if args.class_map and not Path(args.class_map).is_file():
+        raise FileNotFoundError(f"there is no {args.class_map}")
     train_set, val_set = read_images(args, recipe)
     images = len(train_set) if isinstance(train_set, ImageSet) else train_set.images
     rule = recipes.RECIPES[args.recipe]
     distributed.print_once(plan(recipe, images, distributed.world_size(), micro_batch, rule=rule))
-    start = Start(args.finetune, args.finetune_ema, args.class_map) if args.finetune else None
     run = (args.model, recipe, train_set, val_set)
     if args.dry_run:
         trainer, val_batches = prepare(*run, args.seed, config, start)
