@@ -10,7 +10,7 @@ from convnext_min.data import synthetic_images
 from convnext_min.experiments import backbone
 from convnext_min.train.models import create_model
 from convnext_min.train.pretrained import Start, load_start
-from convnext_min.weights import read_checkpoint
+from convnext_min.weights import read_checkpoint, read_preprocessing
 
 SMALL = ("progressive=()", "resolution=32", "eval_resolution=32", "batch_size=14", "stem=patchify")
 SIZES = {
@@ -36,6 +36,7 @@ def test_a_backbone_of_seven_classes_is_written_with_its_card(small, tmp_path, n
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
     if name == "convnext_atto":
         assert load(folder).head.out_features == 7 and read_labels(folder) == summary["classes"]
+        assert read_preprocessing(folder) == (32, 1.0)
     else:
         recipe = backbone.recipes.get(backbone.RECIPE, SIZES[name], name)
         assert "kept" in load_start(create_model(name, recipe, 7), Start(folder), None)

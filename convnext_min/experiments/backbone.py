@@ -76,11 +76,11 @@ def half_precision(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(model: nn.Module, folder: Path, classes: tuple[str, ...]) -> None:
+def save(model: nn.Module, folder: Path, classes: tuple[str, ...], resolution: int) -> None:
     """Write the weights in float16: a ConvNeXt in Hugging Face's layout, a step of the road with its own keys."""
     model = model.half()
     if isinstance(model, ConvNeXt):
-        weights.save_pretrained(model, folder, list(classes))
+        weights.save_pretrained(model, folder, list(classes), resolution, crop=1.0)
     else:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     run = folder / "run"
     history = train(args.model, recipe, train_set, val_set, run, args.seed, resume=True, config=RunConfig())
     write_card(args.model, recipe, history, (train_set, val_set, new_set), folder)
-    save(history.model, folder, train_set.classes)
+    save(history.model, folder, train_set.classes, recipe.eval_resolution)
     shutil.copy(run / "log.csv", folder / "log.csv")
     print(f"Wrote {folder}; {run} has the checkpoints and can be deleted")
 
