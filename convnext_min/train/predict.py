@@ -36,7 +36,7 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, Recipe, tuple[str, ..
         classes = model.head.out_features if isinstance(model.head, nn.Linear) else 0
         return model.eval(), *describe_weights(checkpoint, classes)
     try:
-        recipe = Recipe(**complete(contents["recipe"]))
+        recipe = Recipe(**complete(Recipe, contents["recipe"]))
         model = create_model(contents["model"], recipe, len(contents["classes"]))
     except (TypeError, ValueError) as error:  # a class from a notebook; a recipe of another version
         raise ValueError(f"the network in {checkpoint} cannot be created: {error}") from error
