@@ -7,7 +7,7 @@ import torch
 
 from convnext_min import load, read_labels
 from convnext_min.data import synthetic_images
-from convnext_min.experiments import backbone
+from convnext_min.experiments import backbone, few_images
 from convnext_min.train.models import create_model
 from convnext_min.train.pretrained import Start, load_start
 from convnext_min.weights import read_checkpoint, read_preprocessing
@@ -46,3 +46,9 @@ def test_minutes_and_epochs_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         backbone.main(["--minutes", "1", "--epochs", "1"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [backbone, few_images])
+def test_a_folder_that_is_not_there_is_named_in_a_line(command, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere not found in the given path"):
+        command.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
