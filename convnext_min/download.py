@@ -23,11 +23,12 @@ def download(
 ) -> Path:
     """Download `url` into PyTorch's cache, unless it is there, and return the file's path.
 
-    `sha256` is the file's hexadecimal digest or its first digits; without it the digits in a name such as
-    `model-983f1562.pth` are taken. `timeout` is the number of seconds after which a silent connection
-    is closed. A broken transfer is resumed where the server allows it, otherwise restarted; only complete files enter
-    the cache. `file://` addresses are read in place. Raises ConnectionError if all attempts fail, ValueError for a
-    wrong digest.
+    `sha256` is the file's hexadecimal digest or its first digits. Without it, the digits in a name such as
+    `model-983f1562.pth` are taken; there must be 8 to 64 and a letter among them, since digits alone may be a date.
+    `timeout` is the number of seconds after which a silent connection is closed. A broken transfer is resumed where
+    the server allows it, otherwise restarted; only complete files enter the cache. Addresses that differ in their query
+    (after "?") have files of their own. `file://` addresses are read in place. Raises ConnectionError if all attempts
+    fail, ValueError for a wrong digest.
     """
     address = urllib.parse.urlsplit(url)
     sha256 = sha256 or _digits_in(address.path)
@@ -37,7 +38,10 @@ def download(
             raise FileNotFoundError(f"there is no file {path}")
         _verify(path, sha256, url)
         return path
-    path = cache_folder() / address.netloc.replace(":", "_") / (address.path + address.query).lstrip("/")
+    folder = cache_folder() / address.netloc.replace(":", "_")
+    if address.query:  # often long, and the suffix of the file's name is needed to read it
+        folder /= hashlib.sha256(address.query.encode()).hexdigest()[:16]
+    path = folder / address.path.lstrip("/")
     if path.is_file() and (sha256 is None or _sha256(path).startswith(sha256)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +110,8 @@ def _bar(progress: bool, name: str, total: int | None, start: int):
 
 
 def _digits_in(path: str) -> str | None:
-    """Return the digits of the digest in a file's name, as in `convnext_tiny-983f1562.pth`."""
-    found = re.search(r"-([0-9a-f]{8,64})\.\w+$", path)
+    """Return the digits of the digest in a file's name, as in `convnext_tiny-983f1562.pth`; None for a date."""
+    found = re.search(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.\w+$", path)
     return found[1] if found else None
 
 

@@ -60,9 +60,12 @@ def printable(text: str) -> str:
 
 
 def data_cache() -> Path:
-    """Return the folder of downloaded data sets, made if necessary. Raises OSError if there is no place for it."""
+    """Return the folder of downloaded data sets, made if necessary: convnext_min in XDG_CACHE_HOME or ~/.cache.
+
+    Raises OSError if there is no place for it.
+    """
     try:
-        folder = Path.home() / ".cache" / "convnext_min"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "convnext_min").absolute()
     except RuntimeError as error:  # neither HOME nor an entry in the password file
         raise OSError("there is no home folder to keep a download in") from error
     folder.mkdir(parents=True, exist_ok=True)

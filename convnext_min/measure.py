@@ -1,12 +1,14 @@
 """Measure the cost of a network: multiply-accumulates, parameters, activation memory, throughput.
 
-`python -m convnext_min.measure --road` prints the whole road next to the paper's Tables 10 and 11.
+`python -m convnext_min.measure convnext_tiny` prints the parameters and multiply-accumulates of a network, and `--road`
+prints the whole road next to the paper's Tables 10 and 11.
 """
 
 import argparse
 import contextlib
 import functools
 import statistics
+import sys
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_min import paper
+from convnext_min import paper, weights
 from convnext_min.roadmap import REGIMES, build
 
 
@@ -41,8 +43,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def activation_memory(model: nn.Module, resolution: int = 224, batch_size: int = 1) -> int:
-    """Return the bytes of activations that autograd keeps for the backward pass, parameters excluded."""
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    """Return the bytes of activations that autograd keeps for the backward pass, parameters excluded.
+
+    The forward pass updates copies of the running statistics, so `model` stays as it is.
+    """
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *buffers.values())}
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +59,8 @@ def activation_memory(model: nn.Module, resolution: int = 224, batch_size: int =
 
     device = next(model.parameters()).device
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(torch.zeros(batch_size, 3, resolution, resolution, device=device)).sum()
+        images = torch.zeros(batch_size, 3, resolution, resolution, device=device)
+        loss = functional_call(model, buffers, (images,)).sum()
     del loss
     return sum(kept.values())
 
@@ -123,9 +130,11 @@ def throughput(
 ) -> Throughput:
     """Return images per second of the forward pass, with `training` of forward and backward, on the model's device.
 
-    After a warm-up pass, `repeats` passes are timed separately.
+    After a warm-up pass, `repeats` passes are timed separately. With `training`, running statistics are updated and all
+    gradients of `model` are cleared.
     """
     device = next(model.parameters()).device
+    accelerator = torch.accelerator.current_accelerator()  # None if PyTorch was built without
     images = torch.randn(batch_size, 3, resolution, resolution, device=device)
     was_training = model.training
     model.train(training)
@@ -137,8 +146,8 @@ def throughput(
         else:
             with torch.inference_mode():
                 model(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if accelerator is not None and device.type == accelerator.type:
+            torch.accelerator.synchronize(device)
 
     step()
     speeds = []
@@ -183,14 +192,27 @@ def print_road(regime: str) -> None:
         )
 
 
+def print_costs(name: str) -> None:
+    """Print the parameters and the multiply-accumulates of one of `weights.VARIANTS`."""
+    try:
+        with torch.device("meta"):
+            model = weights.create(name)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"{name}: {count_parameters(model):,} parameters, {count_macs(model) / 1e9:.3f} GMACs for one 224x224 image")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.measure", description=__doc__)
-    parser.add_argument(
-        "--road", action="store_true", required=True, help="print the cost of each step in both regimes"
-    )
-    parser.parse_args(argv)
-    for regime in REGIMES:
+    parser.add_argument("model", nargs="?", help="convnext_<variant> or convnext_isotropic_<variant>")
+    parser.add_argument("--road", action="store_true", help="print the cost of each step in both regimes")
+    args = parser.parse_args(argv)
+    if not (args.model or args.road):
+        parser.error("give the name of a model, such as convnext_tiny, or --road")
+    if args.model:
+        print_costs(args.model)
+    for regime in REGIMES if args.road else ():
         print_road(regime)
 
 

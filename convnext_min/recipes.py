@@ -384,9 +384,9 @@ def get(name: str, settings: Iterable[str] = (), model: str | None = None) -> Re
     return recipe
 
 
-def complete(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a recipe that an earlier version recorded, with defaults for the fields it did not have."""
-    return dataclasses.asdict(Recipe()) | recorded
+def complete(kind: type[Recipe], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe of class `kind` that an earlier version recorded, with defaults for new fields."""
+    return dataclasses.asdict(kind()) | recorded
 
 
 def parse_settings(kind: type[Recipe], settings: Iterable[str]) -> dict[str, Any]:

@@ -95,21 +95,26 @@ def read_state_dict(
 ) -> State:
     """Return the weights in a file, at a URL, in a Hugging Face folder or in a loaded checkpoint; see `unwrap`.
 
-    `sha256` and `progress` are passed to `download`. Raises as `read_checkpoint`, `unwrap` and `download` do; what
-    was downloaded and cannot be read is deleted from the cache.
+    `sha256` and `progress` are passed to `download`. Raises as `read_source` and `unwrap` do.
     """
-    if isinstance(source, Mapping):
-        return unwrap(source, averaged)
+    return unwrap(source if isinstance(source, Mapping) else read_source(source, sha256, progress), averaged)
+
+
+def read_source(source: Path | str, sha256: str | None = None, progress: bool = True) -> Any:
+    """Return the contents of a checkpoint in a file, at a URL or in a Hugging Face folder, by `read_checkpoint`.
+
+    `sha256` and `progress` are passed to `download`. Raises as `read_checkpoint` and `download` do; what was downloaded
+    and cannot be read is deleted from the cache.
+    """
     if "://" not in str(source):
-        return unwrap(read_checkpoint(source), averaged)
+        return read_checkpoint(source)
     path = download(str(source), sha256, progress)
     try:
-        checkpoint = read_checkpoint(path)
+        return read_checkpoint(path)
     except ValueError:
         if not str(source).startswith("file:"):
             path.unlink()  # a page with an error message, for example: download again next time
         raise
-    return unwrap(checkpoint, averaged)
 
 
 class Ignored:
@@ -210,8 +215,9 @@ def create(name: str, pretrained: Any = None, averaged: bool = False, **options)
 def load(source: Any, averaged: bool = False, **options) -> nn.Module:
     """Build the network whose weights are in a file, at a URL, in a Hugging Face folder or in a state dict.
 
-    The sizes come from the weights; `options` are added, such as `num_classes=10` or `drop_path_rate=0.1`. Raises as
-    `read_state_dict` and `load_weights` do.
+    The sizes come from the weights; `options` are added, such as `num_classes=10` or `drop_path_rate=0.1`. A file at a
+    URL is checked against the start of its SHA-256 digest if its name ends in one, as in `model-983f1562.pth`; digits
+    without a letter, such as a date, are not taken for a digest. Raises as `read_state_dict` and `load_weights` do.
     """
     state = to_official(read_state_dict(source, averaged))
     sizes = infer_sizes(state)
@@ -329,12 +335,24 @@ def _report(notes: list[str]) -> None:
 # ---- Hugging Face's layout
 
 
-def save_pretrained(model: ConvNeXt, folder: Path | str, labels: list[str] | None = None) -> Path:
-    """Write `config.json` and `model.safetensors` into `folder`, as transformers does, and return its path.
+PREPROCESSOR = "preprocessor_config.json"
 
-    `load(folder)` reads it, and so does `transformers.ConvNextForImageClassification.from_pretrained`. `labels` are the
-    names of the classes. Raises ValueError for a model without classifier or an isotropic one, which transformers does
-    not have, and for a wrong number of labels; ImportError without safetensors.
+
+def save_pretrained(
+    model: ConvNeXt,
+    folder: Path | str,
+    labels: list[str] | None = None,
+    resolution: int = 224,
+    crop: float = 0.875,
+) -> Path:
+    """Write a folder as transformers does: its configuration, weights and image preprocessing; return its path.
+
+    `load(folder)` reads it, and so do `ConvNextForImageClassification.from_pretrained` and
+    `pipeline("image-classification", folder)` of transformers. `labels` are the names of the classes. Images are
+    prepared for `resolution` pixels: below 384, the shorter side is resized to resolution / crop and the centre is cut
+    out; from 384 on, the whole image is squeezed into a square, as in the released code. Raises ValueError for a model
+    without classifier or an isotropic one, which transformers does not have, and for a wrong number of labels;
+    ImportError without safetensors.
     """
     state = {key: value.contiguous() for key, value in convert(model.state_dict(), "transformers").items()}
     if "classifier.weight" not in state:
@@ -358,9 +376,18 @@ def save_pretrained(model: ConvNeXt, folder: Path | str, labels: list[str] | Non
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
     }
+    preprocessor = {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": resolution},
+        "crop_pct": crop,
+        "resample": 3,  # bicubic
+        "image_mean": [0.485, 0.456, 0.406],  # of ImageNet
+        "image_std": [0.229, 0.224, 0.225],
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, values in (("config.json", config), (PREPROCESSOR, preprocessor)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -369,6 +396,20 @@ def read_labels(folder: Path | str) -> list[str]:
     """Return the names of the classes, in the order of the logits, from `config.json` in a Hugging Face folder."""
     names = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["id2label"]
     return [names[str(i)] for i in range(len(names))]
+
+
+def read_preprocessing(folder: Path | str) -> tuple[int, float]:
+    """Return the resolution and the crop of images, as in `save_pretrained`, of a Hugging Face folder.
+
+    The crop is 1 from 384 pixels on. Raises FileNotFoundError for a folder that does not describe its preprocessing,
+    ValueError if the preprocessing is no ConvNeXt's.
+    """
+    values = json.loads((Path(folder) / PREPROCESSOR).read_text(encoding="utf-8"))
+    size = values.get("size")
+    resolution = size.get("shortest_edge") if isinstance(size, dict) else size  # older folders: a number
+    if resolution is None:
+        raise ValueError(f"{Path(folder) / PREPROCESSOR} has the size {size}, expected a shortest_edge")
+    return resolution, values.get("crop_pct", 0.875) if resolution < 384 else 1.0
 
 
 # ---- The variants, with the arguments of `create`

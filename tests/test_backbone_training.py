@@ -7,10 +7,10 @@ import torch
 
 from convnext_min import load, read_labels
 from convnext_min.data import synthetic_images
-from convnext_min.experiments import backbone
+from convnext_min.experiments import backbone, few_images
 from convnext_min.train.models import create_model
 from convnext_min.train.pretrained import Start, load_start
-from convnext_min.weights import read_checkpoint
+from convnext_min.weights import read_checkpoint, read_preprocessing
 
 SMALL = ("progressive=()", "resolution=32", "eval_resolution=32", "batch_size=14", "stem=patchify")
 SIZES = {
@@ -36,6 +36,7 @@ def test_a_backbone_of_seven_classes_is_written_with_its_card(small, tmp_path, n
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
     if name == "convnext_atto":
         assert load(folder).head.out_features == 7 and read_labels(folder) == summary["classes"]
+        assert read_preprocessing(folder) == (32, 1.0)
     else:
         recipe = backbone.recipes.get(backbone.RECIPE, SIZES[name], name)
         assert "kept" in load_start(create_model(name, recipe, 7), Start(folder), None)
@@ -45,3 +46,9 @@ def test_minutes_and_epochs_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         backbone.main(["--minutes", "1", "--epochs", "1"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [backbone, few_images])
+def test_a_folder_that_is_not_there_is_named_in_a_line(command, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere not found in the given path"):
+        command.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path)])

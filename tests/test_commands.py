@@ -27,7 +27,8 @@ def commands(page: str) -> list[str]:
 
 
 COMMANDS, DENSE = commands("imagenet.md"), commands("coco_and_ade20k.md")
-TRAINING = [line for line in COMMANDS if "convnext_min.train " in line]
+TRAINING = [line for line in COMMANDS if "convnext_min.train " in line and "--evaluate" not in line]
+EVALUATIONS = [line for line in COMMANDS if "convnext_min.train " in line and "--evaluate" in line]
 DENSE_TRAINING = [line for line in DENSE if "convnext_min.dense.train " in line]
 
 
@@ -55,6 +56,17 @@ def test_a_training_command_fits_its_recipe_and_its_processes(line):
             processes *= int(launcher.split(f"{option} ")[1].split()[0])
     made = plan(recipe, 1_281_167, processes, args.micro_batch)
     assert made.recipe == recipe and made.warnings == ()
+
+
+def test_evaluations_name_released_weights_or_a_run_and_set_nothing_of_the_training():
+    sources = []
+    for line in EVALUATIONS:
+        args = read_arguments(shlex.split(line.partition("convnext_min.train ")[2]))
+        sources.append(args.evaluate)
+        assert args.data and args.resolution is None and not args.set
+        if not args.evaluate.endswith(".pt"):
+            assert find(args.model, args.evaluate).startswith("https://dl.fbaipublicfiles.com/convnext/")
+    assert sources == ["in1k", "in1k_384", "runs/tiny/checkpoint.pt"]
 
 
 def test_the_plan_on_the_page_is_made(capsys):

@@ -57,10 +57,10 @@ LABEL = ClassLabel(["tench", "English springer"])
 
 @pytest.fixture
 def dataset(image_root, monkeypatch):
-    """Return a function that makes a dataset of the validation images, with columns of the given features."""
+    """Return a function that makes a dataset with columns of the given features; all splits have the same images."""
     folder, asked = Folder(image_root / "val"), []
 
-    def make(features, change=lambda row: row):
+    def make(features, change=lambda row: row, splits=("train", "validation")):
         rows = []
         for index in range(len(folder)):
             content, label = folder.read(index)
@@ -69,9 +69,9 @@ def dataset(image_root, monkeypatch):
                 change({column: encoded if feature == Image() else label for column, feature in features.items()})
             )
 
-        def load_dataset(name, split):
-            asked.append((name, split))
-            return Table(features, rows)
+        def load_dataset(name):
+            asked.append(name)
+            return {split: Table(features, rows) for split in splits}
 
         module = types.SimpleNamespace(load_dataset=load_dataset, Image=Image, ClassLabel=ClassLabel)
         monkeypatch.setitem(sys.modules, "datasets", module)
@@ -91,9 +91,37 @@ def dataset(image_root, monkeypatch):
 def test_a_hugging_face_dataset_holds_the_same_images(image_root, dataset, features, name):
     asked = dataset(features)
     batches = loader(f"hfds/{name}", "val", RECIPE, False, workers=0)
-    assert asked == [("somebody/set", "validation")] and batches.classes == ("tench", "English springer")
+    assert asked == ["somebody/set"] and batches.classes == ("tench", "English springer")
     expected = loader(image_root, "val", RECIPE, False, workers=0)
     assert all(x.equal(u) and y.equal(v) for (x, y), (u, v) in zip(batches.epoch(), expected.epoch(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("splits", "note"),
+    [
+        (("train", "test", "validation"), ""),
+        (("train", "valid"), ""),
+        (("train", "test"), "hfds/a/b has no validation split: its test split is used"),
+    ],
+)
+def test_the_split_for_validation_has_several_names_and_may_be_the_test_split(dataset, splits, note, capsys):
+    dataset({"image": Image(), "label": LABEL}, splits=splits)
+    assert loader("hfds/a/b", "val", RECIPE, False, workers=0).images == 11
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).strip() == note
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("val", "hfds/a/b has no split 'val', its splits are all; --holdout keeps every tenth training image"),
+        ("train", "hfds/a/b has no split 'train', its splits are all$"),
+    ],
+)
+def test_a_dataset_without_the_split_is_refused_with_its_splits(dataset, split, message):
+    dataset({"image": Image(), "label": LABEL}, splits=("all",))
+    with pytest.raises(ValueError, match=message):
+        open_source("hfds/a/b", split)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from helpers import TINY, command, equal, folder_of_images
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from convnext_min.data import Batches
+from convnext_min.data import Batches, ImageSet
 from convnext_min.recipes import Recipe
 from convnext_min.train import RunConfig, Stopped, Trainer, clock, create_model, distributed, evaluate, loop, train
-from convnext_min.train.__main__ import main
+from convnext_min.train.__main__ import evaluate_weights, main, read_arguments
 from convnext_min.train.checkpoint import load_checkpoint
 
 PLAIN = replace(TINY, epochs=2, clip_grad=100.0)  # 10 steps of 8 images
@@ -214,6 +214,22 @@ def test_three_processes_validate_every_image_once(images, tmp_path, number, fsd
 
 
 # ---- Runs that break off
+
+
+def weights_evaluated(arguments):
+    return evaluate_weights(read_arguments(arguments), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("loader", ["disk", "memory"])
+def test_weights_are_evaluated_on_every_image_once(folder, images, tmp_path, loader):
+    path = tmp_path / "run" / "checkpoint.pt"
+    few = ImageSet(images.images, images.labels % 2, ("class0", "class1"), "")
+    train("convnext_atto", replace(TINY, epochs=1, loader=loader), few, few, path.parent)
+    arguments = ["--evaluate", str(path), "--data", str(folder), "--workers", "0"]
+    alone, shared = weights_evaluated(arguments), in_processes(2, tmp_path, weights_evaluated, arguments)
+    for result in shared:
+        assert len(result.labels) == 16 and result.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert result.top1 == alone.top1
 
 
 def killed(images, folder, step, config, recipe=RANDOM):

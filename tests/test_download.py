@@ -84,6 +84,22 @@ def test_addresses_have_files_of_their_own_in_the_cache(serve):
     assert len(set(paths)) == 3 and paths[2].read_bytes() == b"other"
 
 
+@pytest.mark.parametrize("query", ["download=true", "signature=" + "0123456789abcdef" * 40])
+def test_a_query_stays_out_of_the_files_name(serve, query):
+    address, requests = serve()
+    path = download.download(f"{address}/a/model.safetensors?{query}")
+    assert path.name == "model.safetensors" and path.read_bytes() == BODY
+    assert download.download(f"{address}/a/model.safetensors?{query}") == path
+    assert len({path, *(download.download(f"{address}/a/model.safetensors{other}") for other in ("", "?b"))}) == 3
+    assert requests == [0, 0, 0]
+
+
+def test_a_date_in_a_files_name_is_no_digest(serve):
+    address, _ = serve()
+    path = download.download(f"{address}/convnext_atto-20240131.pth")
+    assert path.read_bytes() == BODY and download.download(f"{address}/convnext_atto-20240131.pth") == path
+
+
 @pytest.mark.parametrize("resumes", [True, False])
 def test_a_transfer_that_is_cut_off_is_resumed_or_restarted(serve, resumes):
     address, requests = serve(3000, 2000, resumes=resumes)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from convnext_min import environment
 
@@ -29,3 +30,10 @@ def test_a_result_names_the_commit_of_this_repository_and_of_no_other(tmp_path, 
     assert len(environment.environment()["commit"].removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.environment()["commit"] is None  # there is no git
+
+
+def test_data_is_kept_in_the_users_cache_wherever_that_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for variable, folder in (("", tmp_path / "home" / ".cache"), (str(tmp_path / "cache"), tmp_path / "cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+        assert environment.data_cache() == folder / "convnext_min" and (folder / "convnext_min").is_dir()

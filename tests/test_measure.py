@@ -43,6 +43,14 @@ def test_activation_memory_by_hand():
     assert measure.activation_memory(model, resolution=2, batch_size=4) == 4 * (4 * 12 + 4 * 10)
 
 
+def test_measuring_activations_leaves_the_model_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    # the convolution keeps the image, the norm the convolution's output and its mean and variance
+    assert measure.activation_memory(model, 4, batch_size=2) == 4 * (2 * 3 * 16 + 2 * 8 * 16 + 8 + 8)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_layer_costs_split_what_the_counter_counts():
     model = build("depthwise", num_classes=10, width_multiplier=0.25).train()
     costs = measure.layer_costs(model, 64, batch_size=2, repeats=1)
@@ -66,6 +74,31 @@ def test_throughput_counts_images(monkeypatch):
         nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4, batch_size=3, training=True, repeats=3
     )
     assert result == (3.0, 3.0, 3.0)
+
+
+def test_throughput_waits_for_the_accelerator_that_the_model_is_on(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: waits.append(device))
+    for kind, number in (("cpu", 3), ("xpu", 0)):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda kind=kind: torch.device(kind))
+        measure.throughput(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4, batch_size=1, repeats=2)
+        assert waits == [torch.device("cpu")] * number
+        waits.clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["resnet50"], "error: unknown model 'resnet50'; valid: convnext_atto"), ([], "2")],
+)
+def test_a_command_without_a_known_network_says_what_is_valid(arguments, message, capsys):
+    with pytest.raises(SystemExit, match=message):
+        measure.main(arguments)
+    assert arguments or "give the name of a model, such as convnext_tiny, or --road" in capsys.readouterr().err
+
+
+def test_a_network_on_the_command_line(capsys):
+    measure.main(["convnext_tiny"])
+    assert capsys.readouterr().out == "convnext_tiny: 28,589,128 parameters, 4.456 GMACs for one 224x224 image\n"
 
 
 def test_road_table_on_the_command_line(capsys):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from convnext_min import recipes
+from convnext_min import recipes, weights
 from convnext_min.convnext import ConvNeXt
 from convnext_min.data import disk, synthetic_images
 from convnext_min.formats import convert
@@ -102,9 +102,9 @@ def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):
     cut = tmp_path / "cut.pt"
     with open(trained[0], "rb") as file:
         cut.write_bytes(file.read(3000))
-    weights = tmp_path / "weights.pt"
-    torch.save({"weights": {}}, weights)
-    wrong = ((cut, "is damaged"), (tmp_path / "none.pt", "there is no checkpoint"), (weights, "no weights"))
+    empty = tmp_path / "weights.pt"
+    torch.save({"weights": {}}, empty)
+    wrong = ((cut, "is damaged"), (tmp_path / "none.pt", "there is no checkpoint"), (empty, "no weights"))
     for path, reason in wrong:
         code, _, _ = run(capsys, "--checkpoint", str(path), trained[1][0])
         assert code.startswith("error: ") and str(path) in code and reason in code
@@ -141,6 +141,69 @@ def test_a_file_of_weights_alone_predicts_numbers_of_classes(trained, tmp_path, 
     recipe = recipes.get("in1k", model="convnext_tiny")
     right = predict.predict_file(network, Path(trained[1][0]), recipe).argmax().item()
     assert code == 0 and out.splitlines()[1].endswith(f"%  {right}")
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A folder in Hugging Face's layout for images of 96 pixels with their borders, and its network."""
+    network = ConvNeXt(num_classes=2, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), layer_scale_init_value=1.0).eval()
+    return weights.save_pretrained(network, tmp_path / "model", ["cat", "dog"], 96, crop=0.95), network
+
+
+@pytest.mark.parametrize("resolution", [96, 64])
+def test_a_folder_of_hugging_face_gives_names_resolution_and_crop(trained, hugging_face, capsys, resolution):
+    folder, network = hugging_face
+    more = () if resolution == 96 else ("--resolution", str(resolution))
+    code, out, _ = run(capsys, "--checkpoint", str(folder), *more, trained[1][0])
+    recipe = replace(recipes.get("in1k", model="convnext_tiny"), eval_resolution=resolution, eval_crop=0.95)
+    answer = predict.predict_file(network, Path(trained[1][0]), recipe)
+    assert code == 0 and [line.split() for line in out.splitlines()[1:]] == [
+        [f"{answer[i]:.1%}", ("cat", "dog")[i]] for i in answer.argsort(descending=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "prepared"),
+    [
+        ("https://host/convnext_tiny_1k_224_ema.pth", (224, 0.875)),
+        ("https://host/convnext_base_1k_384.pth", (384, 1.0)),
+        (Path("convnext_xlarge_22k_1k_384_ema.pth"), (384, 1.0)),
+    ],
+)
+def test_images_for_the_released_weights_have_the_size_in_the_files_name(source, prepared):
+    recipe, classes = predict.describe_weights(source, 3)
+    assert (recipe.eval_resolution, recipe.eval_crop) == prepared and classes == ("0", "1", "2")
+
+
+def test_a_folder_whose_names_do_not_fit_the_classifier_has_numbers(hugging_face):
+    folder, _ = hugging_face
+    assert predict.describe_weights(folder, 3)[1] == ("0", "1", "2")
+    (folder / "config.json").write_text("{}")
+    assert predict.describe_weights(folder, 2)[1] == ("0", "1")
+
+
+@pytest.mark.parametrize("loader", ["memory", "disk"])
+def test_images_go_to_the_networks_device(trained, loader):
+    model = ConvNeXt(num_classes=2, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)).to("meta")
+    assert predict.predict_file(model, Path(trained[1][0]), replace(RECIPE, loader=loader)).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
+        (("--resolution", "0"), "error: eval_resolution must be"),
+    ],
+)
+def test_options_that_cannot_be_are_named(trained, capsys, options, message):
+    code, _, _ = run(capsys, "--checkpoint", trained[0], *options, trained[1][0])
+    assert code.startswith(message)
+
+
+def test_weights_without_a_classifier_are_refused(trained, tmp_path, capsys):
+    torch.save(ConvNeXt(num_classes=0, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)).state_dict(), tmp_path / "w.pth")
+    code, _, _ = run(capsys, "--checkpoint", str(tmp_path / "w.pth"), trained[1][0])
+    assert code == f"error: {tmp_path / 'w.pth'} has no classifier"
 
 
 def test_class_names_that_the_terminal_cannot_show_are_escaped(trained, tmp_path, monkeypatch):

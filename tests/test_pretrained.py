@@ -116,6 +116,37 @@ def test_weights_of_other_libraries_are_read(tmp_path, library):
     assert equal(network.state_dict(), release) and message.endswith("its classifier is kept")
 
 
+HEADLESS = {
+    "official": lambda weights: weights,
+    "timm": lambda weights: convert(weights, "timm"),
+    "transformers": lambda weights: prefixless(convert(weights, "transformers"), "convnext."),  # ConvNextModel's keys
+}
+
+
+def prefixless(weights, prefix):
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("library", HEADLESS)
+def test_weights_without_a_classifier_get_a_new_one(tmp_path, library):
+    weights = ConvNeXt(num_classes=0, **SIZES).state_dict()
+    path = tmp_path / "features.safetensors"
+    save_file(HEADLESS[library](weights), path)
+    network = model(3)
+    new = network.head.weight.clone()
+    assert load_start(network, Start(path), tuple("abc")).endswith("the classifier is new, for 3 classes")
+    assert equal(body(network.state_dict()), weights) and torch.equal(network.head.weight, new)
+    (tmp_path / "map.txt").write_text("0\n0\n0\n")
+    with pytest.raises(ValueError, match=r"features\.safetensors: there is no classifier whose rows .*map\.txt could"):
+        load_start(network, Start(path, class_map=tmp_path / "map.txt"), tuple("abc"))
+
+
+def test_a_network_without_a_linear_layer_is_refused(run):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    with pytest.raises(ValueError, match="Sequential cannot be fine-tuned: its classifier should be a linear layer"):
+        load_start(network, Start(run[0]), run[3])
+
+
 def test_a_class_map_picks_rows_of_the_old_classifier(tmp_path):
     release = ConvNeXt(num_classes=21, **SIZES).state_dict()
     release["head.bias"] = torch.arange(21.0)
@@ -150,7 +181,7 @@ def test_weights_of_another_model_are_refused_by_name(run, tmp_path):
     with pytest.raises(ValueError, match=r"missing keys stages\.1\.1\.gamma.*, \.\.\.; shape mismatch downsample"):
         load_start(other, Start(path), classes)
     torch.save({"weights": last | {"extra.weight": torch.ones(1)}, "classes": classes}, tmp_path / "more.pt")
-    with pytest.raises(ValueError, match=r"more\.pt does not fit this model: unexpected keys extra\.weight"):
+    with pytest.raises(ValueError, match=r"more\.pt: the weights do not fit: unexpected keys extra\.weight"):
         load_start(model(10), Start(tmp_path / "more.pt"), classes)
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt holds no weights: a checkpoint holds a dictionary, this one list"):

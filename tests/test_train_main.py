@@ -1,5 +1,7 @@
 """The command `python -m convnext_min.train`."""
 
+import contextlib
+import csv
 import io
 import json
 import os
@@ -9,15 +11,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import command, folder_of_images, options
+from safetensors.torch import save_file
 
-from convnext_min import recipes
-from convnext_min.train import create_model, loop
-from convnext_min.train.__main__ import main, read_arguments, read_images
+from convnext_min import recipes, weights
+from convnext_min.convnext import ConvNeXt
+from convnext_min.data import disk
+from convnext_min.train import create_model, evaluate, loop
+from convnext_min.train.__main__ import check_classes, main, read_arguments, read_images
 from convnext_min.train.checkpoint import load_checkpoint
 
 
@@ -123,7 +129,8 @@ def test_a_recipe_of_the_paper_reads_its_images_from_the_disk(folder, tmp_path, 
         (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
         (("--micro-batch", "3"), "error: a batch of 8 images cannot be divided into micro-batches of 3 images"),
         (("--micro-batch", "0"), "error: a batch of 8 images cannot be divided into micro-batches of 0 images"),
-        (("--finetune", "none.pt"), "error: there is no none.pt"),
+        (("--finetune", "none.pt"), "error: there are no weights 'none.pt' of convnext_atto: none were released"),
+        (("--finetune", "x://a", "--class-map", "none.txt"), "error: there is no none.txt"),
         (("--fsdp",), "error: --fsdp shards the network over processes: start several, with torchrun"),
         (("--save-every", "often"), "error: save_every takes iterations"),
         (("--keep", "0"), "error: keep must be at least 1, got 0"),
@@ -138,6 +145,104 @@ def test_what_does_not_work_is_said_in_a_line(folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         main([*options(folder, tmp_path / "run"), *more])
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "address", "tag"])
+def test_fine_tuning_starts_from_a_folder_an_address_or_a_tag(folder, tmp_path, monkeypatch, capsys, kind):
+    network = ConvNeXt(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    path = weights.save_pretrained(network, tmp_path / "weights") / "model.safetensors"
+    monkeypatch.setattr(weights, "OFFICIAL_URL", f"{path.parent.as_uri()}/")
+    monkeypatch.setitem(weights.PRETRAINED, "convnext_atto", {"in22k": path.name})
+    start, found = {
+        "folder": (str(path.parent), str(path.parent)),
+        "address": (path.as_uri(), path.as_uri()),
+        "tag": ("in22k", path.as_uri()),
+    }[kind]
+    main(options(folder, tmp_path / "run", "--dry-run", "--finetune", start))
+    assert f"weights from {found}; the classifier is new, for 2 classes" in capsys.readouterr().out
+
+
+def evaluated(capsys, *arguments):
+    """Evaluate weights, and return the top-1 in percent, the loss, and the rest of the line."""
+    main([*arguments, "--workers", "0", "--device", "cpu"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    top1, loss, rest = re.search(r": top-1 ([\d.]+)%, loss ([\d.]+); (.*)", line).groups()
+    return float(top1), float(loss), rest
+
+
+@pytest.mark.parametrize("loader", ["memory", "disk"])
+def test_weights_of_a_run_are_evaluated_as_in_the_run(folder, tmp_path, capsys, loader):
+    main(options(folder, tmp_path / "run", "--epochs", "1", "--workers", "0", "--set", f"loader={loader}", "amp=fp32"))
+    with open(tmp_path / "run" / "log.csv") as file:
+        row = list(csv.DictReader(file))[-1]
+    files = list(tmp_path.rglob("*"))
+    top1, loss, rest = evaluated(capsys, "--evaluate", str(tmp_path / "run" / "checkpoint.pt"), "--data", str(folder))
+    assert top1 == pytest.approx(100 * float(row["ema_top1"]), abs=0.01)
+    assert loss == pytest.approx(float(row["val_loss"]), abs=1e-3)
+    assert rest.startswith("16 images of ") and " at 32 px, " in rest and rest.endswith(" images per second")
+    assert list(tmp_path.rglob("*")) == files, "an evaluation writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("more", "prepared"),
+    [
+        ((), (48, 0.9)),
+        (("--resolution", "64"), (64, 0.9)),
+        (("--resolution", "384"), (384, 1.0)),
+        (("--set", "eval_crop=0.8"), (48, 0.8)),
+    ],
+)
+def test_released_weights_are_evaluated_at_their_resolution_or_the_given_one(
+    folder, tmp_path, monkeypatch, capsys, more, prepared
+):
+    network = ConvNeXt(num_classes=2, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), layer_scale_init_value=1.0).eval()
+    path = weights.save_pretrained(network, tmp_path, None, 48, crop=0.9)
+    asked = ("--evaluate", str(path), "--data", str(folder), "--set", "amp=fp32", *more)
+    top1, loss, rest = evaluated(capsys, *asked)
+    recipe = replace(recipes.get("in1k", model="convnext_tiny"), eval_resolution=prepared[0], eval_crop=prepared[1])
+    expected = evaluate(network, disk.loader(folder, "val", recipe, False, workers=0), "fp32")
+    assert (top1, loss) == pytest.approx((100 * expected.top1, expected.loss), abs=1e-2)
+    assert f"at {prepared[0]} px, crop {prepared[1]:g}, " in rest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluate", "in2k"], "error: there are no weights 'in2k' of convnext_tiny: released are in1k, in22k"),
+        (["--evaluate", "three.safetensors"], "error: recipes such as imagenette read images from the disk: give"),
+        (
+            ["--evaluate", "three.safetensors", "--data", "data"],
+            "error: the weights are for 3 classes, the images have 2",
+        ),
+        (["--resolution", "384"], "2"),
+    ],
+)
+def test_weights_that_cannot_be_evaluated_are_refused(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(folder)
+    network = ConvNeXt(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    save_file(network.state_dict(), "three.safetensors")
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(["--model", "convnext_tiny", "--workers", "0", *arguments])
+    if message == "2":
+        assert "--resolution is for --evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "found", "right"),
+    [
+        (("cat", "dog"), ("cat", "dog"), True),
+        (("0", "1"), ("cat", "dog"), True),
+        (("dog", "cat"), ("cat", "dog"), False),
+        (tuple("0123456789A"), tuple("0123456789A"), True),
+        (("0", "1", "2"), ("0", "1", "10"), True),
+        (("0", "1", "2", "3"), ("0", "1", "10", "2"), False),  # folders in the order of their names
+    ],
+)
+def test_classes_in_another_order_than_the_weights_are_noticed(classes, found, right, capsys):
+    with contextlib.nullcontext() if right else pytest.raises(ValueError, match="the classes are in another order"):
+        check_classes(classes, found)
+    assert ("classes in the weights: " in capsys.readouterr().out) == (classes != found)
 
 
 def test_sigterm_exits_with_a_code_for_the_cluster(folder, tmp_path, monkeypatch, capsys):

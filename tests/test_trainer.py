@@ -1,6 +1,6 @@
 """One step of training: schedule, EMA, clipping, precision, compilation, random numbers."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from helpers import EVERYTHING_RANDOM, TINY, equal, new_trainer
 from torch import nn
 
 from convnext_min.data import Batches
+from convnext_min.dense.recipes import FOR_CLASSIFIERS, DenseRecipe
 from convnext_min.fast import FastDepthwise
 from convnext_min.recipes import Recipe
 from convnext_min.train import RunConfig, Trainer, create_model, evaluate
@@ -79,6 +80,21 @@ def test_gradients_are_clipped_only_if_asked(images):
         run.optimizer.register_step_pre_hook(note)
         run.train_step(x, y)
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[None] > 0.1
+
+
+@pytest.mark.parametrize(("kind", "field"), [(Recipe, "exif_orientation"), (DenseRecipe, "window")])
+def test_a_checkpoint_from_before_a_field_existed_is_resumed_with_its_default(images, kind, field):
+    recipe = kind(**{name: value for name, value in asdict(TINY).items() if name not in FOR_CLASSIFIERS})
+    before = new_trainer(recipe, images)
+    before.train_step(*next(before.batches.epoch(0)))
+    state = before.state_dict()
+    state["recipe"] = {name: value for name, value in state["recipe"].items() if name != field}
+    after = new_trainer(recipe, images)
+    after.load_state_dict(state)
+    assert after.step == 1
+    other = new_trainer(replace(recipe, **{field: 64 if field == "window" else False}), images)
+    with pytest.raises(ValueError, match=rf"its recipe is \{{'{field}': (0|True)\}}, here it is"):
+        other.load_state_dict(state)
 
 
 def test_overfits_twenty_images(images):

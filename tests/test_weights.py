@@ -10,13 +10,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from image_folders import picture
 from test_convnext import randomize
 from timm.models import adapt_input_conv
 from torch import nn
-from transformers import ConvNextConfig, ConvNextForImageClassification, ConvNextModel
+from transformers import AutoImageProcessor, ConvNextConfig, ConvNextForImageClassification, ConvNextModel, pipeline
 
 from convnext_min import convnext, formats, isotropic, weights
 from convnext_min.convnext import ConvNeXt
+from convnext_min.data import disk
 from convnext_min.recipes import Recipe
 from convnext_min.train import create_model
 
@@ -252,9 +254,27 @@ def test_a_folder_in_hugging_faces_layout(small, tmp_path):
     torch.testing.assert_close(logits(theirs, images), logits(small, images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("resolution", "crop"), [(70, 0.875), (76, 0.95), (384, 1.0)])
+def test_transformers_prepares_images_as_the_folder_says(small, tmp_path, resolution, crop):
+    folder = weights.save_pretrained(small, tmp_path, list("abcde"), resolution, crop)
+    assert weights.read_preprocessing(folder) == (resolution, crop)
+    image = picture(0, (150, 120))  # borders of whole pixels: others are rounded differently
+    recipe = Recipe(loader="disk", eval_crop=crop)
+    expected = disk.transform(recipe, False, resolution)(image)[None]
+    given = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(given, expected, rtol=0, atol=0.05)
+    answers = pipeline("image-classification", str(folder), device="cpu")(image)
+    assert answers[0]["label"] == "abcde"[logits(small, expected).argmax()]
+
+
 def test_an_older_folder_of_hugging_face(small, tmp_path):
     torch.save(weights.convert(small.state_dict(), "transformers"), tmp_path / "pytorch_model.bin")
     assert equal(weights.load(tmp_path).state_dict(), small.state_dict())
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_pct": 0.9, "size": 224}')
+    assert weights.read_preprocessing(tmp_path) == (224, 0.9)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 224, "width": 224}}')
+    with pytest.raises(ValueError, match=r"has the size .*224.*, expected a shortest_edge"):
+        weights.read_preprocessing(tmp_path)
 
 
 def test_what_cannot_be_written_in_hugging_faces_layout(small, tmp_path):

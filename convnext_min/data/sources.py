@@ -66,14 +66,17 @@ class Folder:
         return Path(self.name(index)).read_bytes(), int(self.labels[index])
 
 
+VALIDATION = ("validation", "valid", "val", "test")  # names of the split for validation, the preferred one first
+
+
 class HuggingFace:
     """A dataset of the Hugging Face hub, or a folder in its format: `name`, or name:column for a certain label column.
 
-    Raises ValueError if the package `datasets` is missing, and for a dataset without one column of images and one of
-    class labels, or with images that have no label.
-    """
+    As "val", the first split of `VALIDATION` is taken; `note` reports it if that is the test split.
 
-    note = ""
+    Raises ValueError if the package `datasets` is missing, and for a dataset without such a split, without one column
+    of images and one of class labels, or with images that have no label.
+    """
 
     def __init__(self, name: str, split: str):
         try:
@@ -81,7 +84,14 @@ class HuggingFace:
         except ImportError as error:
             raise ValueError(f"hfds/{name} needs the package datasets: pip install datasets") from error
         self.dataset, column = re.fullmatch(r"(.*?)(?::(\w+))?", name).groups()
-        table = datasets.load_dataset(self.dataset, split={"val": "validation"}.get(split, split))
+        tables = datasets.load_dataset(self.dataset)  # all splits, since these are downloaded together anyway
+        names = VALIDATION if split == "val" else (split,)
+        found = next((candidate for candidate in names if candidate in tables), None)
+        if found is None:
+            advice = "; --holdout keeps every tenth training image for validation" if split == "val" else ""
+            raise ValueError(f"hfds/{name} has no split {split!r}, its splits are {', '.join(tables)}{advice}")
+        self.note = f"hfds/{name} has no validation split: its test split is used" if found == "test" else ""
+        table = tables[found]
         self.image = _one_column(name, table.features, datasets.Image, "images")
         self.label = _one_column(name, table.features, datasets.ClassLabel, "class labels", column)
         self.classes = tuple(table.features[self.label].names)

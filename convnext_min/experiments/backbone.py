@@ -7,6 +7,7 @@ three classes stay unseen: chapter 12 fine-tunes on them. Interrupted runs are r
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -76,11 +77,11 @@ def half_precision(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(model: nn.Module, folder: Path, classes: tuple[str, ...]) -> None:
+def save(model: nn.Module, folder: Path, classes: tuple[str, ...], resolution: int) -> None:
     """Write the weights in float16: a ConvNeXt in Hugging Face's layout, a step of the road with its own keys."""
     model = model.half()
     if isinstance(model, ConvNeXt):
-        weights.save_pretrained(model, folder, list(classes))
+        weights.save_pretrained(model, folder, list(classes), resolution, crop=1.0)
     else:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
 
@@ -123,17 +124,8 @@ def write_card(name: str, recipe: Recipe, history: History, sets: tuple[ImageSet
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train the backbone and write its folder."""
-    parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments.backbone", description=__doc__)
-    parser.add_argument("--model", default="convnext_atto", choices=SETTINGS)
-    parser.add_argument("--seed", type=int, default=0)
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="train for this many minutes instead of 30")
-    length.add_argument("--epochs", type=int, help="train for this many epochs, however long they take")
-    parser.add_argument("--data", help="folder of Imagenette")
-    parser.add_argument("--output", type=Path, default=Path("results/backbone"))
-    args = parser.parse_args(argv)
+def train_backbone(args: argparse.Namespace) -> None:
+    """Train the backbone that the command line asks for, and write its folder."""
     changes = SETTINGS[args.model]
     if args.minutes:
         changes = (*changes, f"minutes={args.minutes}")
@@ -147,9 +139,26 @@ def main(argv: list[str] | None = None) -> None:
     run = folder / "run"
     history = train(args.model, recipe, train_set, val_set, run, args.seed, resume=True, config=RunConfig())
     write_card(args.model, recipe, history, (train_set, val_set, new_set), folder)
-    save(history.model, folder, train_set.classes)
+    save(history.model, folder, train_set.classes, recipe.eval_resolution)
     shutil.copy(run / "log.csv", folder / "log.csv")
     print(f"Wrote {folder}; {run} has the checkpoints and can be deleted")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m convnext_min.experiments.backbone", description=__doc__)
+    parser.add_argument("--model", default="convnext_atto", choices=SETTINGS)
+    parser.add_argument("--seed", type=int, default=0)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="train for this many minutes instead of 30")
+    length.add_argument("--epochs", type=int, help="train for this many epochs, however long they take")
+    parser.add_argument("--data", help="folder of Imagenette")
+    parser.add_argument("--output", type=Path, default=Path("results/backbone"))
+    args = parser.parse_args(argv)
+    try:
+        train_backbone(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

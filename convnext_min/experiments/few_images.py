@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         compare(args.output, args.seeds, args.data, args.backbone)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues")
 

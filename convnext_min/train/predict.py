@@ -1,7 +1,9 @@
 """Classify images: `python -m convnext_min.train.predict --checkpoint runs/first/checkpoint.pt image.jpg ...`."""
 
 import argparse
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,27 +15,28 @@ from convnext_min.data.files import read_image
 from convnext_min.environment import printable
 from convnext_min.recipes import Recipe, complete
 from convnext_min.train.checkpoint import is_run
+from convnext_min.train.device import choose_device
 from convnext_min.train.models import create_model
-from convnext_min.weights import load, read_checkpoint
+from convnext_min.weights import load, read_labels, read_preprocessing, read_source
 
 
 def load_model(checkpoint: Path | str) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     """Return the network of a checkpoint in eval mode, the recipe to prepare images by, and the names of the classes.
 
-    A run's checkpoint has them all, and its EMA weights are taken if there are any. Other files of weights, in the
-    formats of `convnext_min.load`, are a ConvNeXt of ImageNet's image size; their classes are numbers. Raises
+    A run's checkpoint has them all, and its EMA weights are taken if there are any. Other weights, in a file, at a URL
+    or in a folder, must be a ConvNeXt's in the formats of `convnext_min.load`; see `describe_weights`. Raises
     FileNotFoundError, or ValueError for a damaged file, another network, or one that was not created by name.
     """
-    contents = read_checkpoint(checkpoint)
+    contents = read_source(checkpoint)
     if not is_run(contents):
         try:
             model = load(contents)
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}") from None
-        classes = tuple(map(str, range(model.head.out_features))) if isinstance(model.head, nn.Linear) else ()
-        return model.eval(), recipes.get("in1k", model="convnext_tiny"), classes
+        classes = model.head.out_features if isinstance(model.head, nn.Linear) else 0
+        return model.eval(), *describe_weights(checkpoint, classes)
     try:
-        recipe = Recipe(**complete(contents["recipe"]))
+        recipe = Recipe(**complete(Recipe, contents["recipe"]))
         model = create_model(contents["model"], recipe, len(contents["classes"]))
     except (TypeError, ValueError) as error:  # a class from a notebook; a recipe of another version
         raise ValueError(f"the network in {checkpoint} cannot be created: {error}") from error
@@ -41,12 +44,40 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, Recipe, tuple[str, ..
     return model.eval(), recipe, tuple(contents["classes"])
 
 
+def describe_weights(source: Path | str, classes: int) -> tuple[Recipe, tuple[str, ...]]:
+    """Return the recipe to prepare images by and the names of the classes for ConvNeXt weights that are no run's.
+
+    A folder in Hugging Face's layout describes both. Without its files, images are prepared as in the released code, at
+    224 pixels, or 384 if the name ends in _384 as those of the released files do; the classes are numbers.
+    """
+    recipe = recipes.get("in1k", model="convnext_tiny")
+    try:
+        resolution, crop = read_preprocessing(source)
+        recipe = replace(recipe, eval_resolution=resolution, eval_crop=crop)
+    except OSError:
+        recipe = at_resolution(recipe, 384 if re.search(r"_384(_ema)?$", Path(str(source)).stem) else 224)
+    try:
+        names = tuple(read_labels(source))
+    except (OSError, KeyError):  # no folder, or a network without class names
+        names = ()
+    return recipe, names if len(names) == classes else tuple(map(str, range(classes)))
+
+
+def at_resolution(recipe: Recipe, resolution: int) -> Recipe:
+    """Return `recipe` with another image size in evaluation; from 384 pixels on without a crop, as in the release."""
+    return replace(recipe, eval_resolution=resolution, eval_crop=1.0 if resolution >= 384 else recipe.eval_crop)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, resolution: int) -> Tensor:
     """Return probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as in the evaluation of `train`."""
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), (), "")
     batches = Batches(image_set, batch_size=64, resolution=resolution, train=False)
-    return torch.cat([model(x).softmax(1) for x, _ in batches.epoch()])
+    return torch.cat([model(x.to(_device(model))).softmax(1) for x, _ in batches.epoch()])
 
 
 @torch.no_grad()
@@ -58,7 +89,7 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
         except data.DECODE_ERRORS:
             return None
         x = disk.transform(recipe, False, recipe.eval_resolution)(image)
-        return model(x[None]).softmax(1)[0]
+        return model(x[None].to(_device(model))).softmax(1)[0]
     pixels = data.decode(path, recipe.image_size, recipe.exif_orientation)  # (S, S, 3)
     if pixels is None:
         return None
@@ -68,16 +99,26 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
 def main(argv: list[str] | None = None) -> None:
     """Print the likeliest classes of each image; name images that cannot be read, and then exit with code 1."""
     parser = argparse.ArgumentParser(prog="python -m convnext_min.train.predict", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run, or a file of ConvNeXt weights")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run's checkpoint.pt, or ConvNeXt weights: file, folder, URL"
+    )
     parser.add_argument("--top", type=int, default=3, help="number of classes to print per image")
+    parser.add_argument("--resolution", type=int, metavar="N", help="image size in pixels (default: the checkpoint's)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("images", nargs="+", help="image files")
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top must be 1 or more, got {args.top}")
     try:
+        device = choose_device(args.device)
         model, recipe, classes = load_model(args.checkpoint)
+        if not classes:
+            raise ValueError(f"{args.checkpoint} has no classifier")
+        if args.resolution is not None:
+            recipe = at_resolution(recipe, args.resolution)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    model.to(device)
     failures = 0
     for path in args.images:
         probabilities = predict_file(model, Path(path), recipe)

@@ -16,13 +16,13 @@ from convnext_min.convnext import ConvNeXt
 from convnext_min.formats import key_differences, to_official
 from convnext_min.isotropic import ConvNeXtIsotropic
 from convnext_min.train.checkpoint import is_run
-from convnext_min.weights import read_checkpoint, unwrap
+from convnext_min.weights import load_weights, read_source, unwrap
 
 
 class Start(NamedTuple):
     """A checkpoint with initial weights."""
 
-    path: Path | str
+    path: Path | str  # a file, a folder in Hugging Face's layout, or a URL
     averaged: bool = False  # its EMA weights
     class_map: Path | str | None = None  # file with one line per new class: the index of that class in the checkpoint
 
@@ -30,48 +30,52 @@ class Start(NamedTuple):
 def load_start(model: nn.Module, start: Start, classes: tuple[str, ...]) -> str:
     """Load the weights of `start` into `model`, in place, and return a line about them and the classifier.
 
-    The weights of a ConvNeXt may have the keys of the official release, timm, torchvision or transformers. The
-    classifier is the network's last linear layer. It is loaded if the checkpoint has the same number of classes and,
-    as far as it names them, the same names. With a class map it gets the mapped rows of the checkpoint's classifier.
-    Otherwise it stays as it was built. Raises FileNotFoundError for a missing file, and ValueError, naming the first
-    keys that differ, for weights that do not fit.
+    The weights of a ConvNeXt may have the keys of the official release, timm, torchvision or transformers, and are
+    loaded by `weights.load_weights`; other networks need their own keys. The classifier is the network's last linear
+    layer. It is loaded if the checkpoint has the same number of classes and, as far as it names them, the same names.
+    With a class map it gets the mapped rows of the checkpoint's classifier. Otherwise it stays as it was built. Raises
+    FileNotFoundError for a missing file, and ValueError, naming the first keys that differ, for weights that do not
+    fit, and for a network without a linear layer.
     """
     weights, old_classes = read_weights(start.path, start.averaged)
-    if isinstance(model, (ConvNeXt, ConvNeXtIsotropic)):
-        weights = rename(weights, start.path)
-    expected = model.state_dict()
-    keys = [key for key in classifier_keys(model) if key in weights]
-    message = "its classifier is kept"
-    if start.class_map:
-        rows = read_class_map(start.class_map, len(classes), len(weights[keys[0]]) if keys else 0)
-        weights |= {key: weights[key][rows] for key in keys}
-        message = f"the rows of its classifier are chosen by {start.class_map}"
-    elif old_classes not in (None, classes) or any(weights[key].shape != expected[key].shape for key in keys):
-        weights |= {key: expected[key] for key in keys}
-        message = f"the classifier is new, for {len(classes)} classes"
-    check_keys(weights, expected, start.path)
-    model.load_state_dict(weights)
-    return f"{'EMA ' * start.averaged}weights from {start.path}; {message}"
-
-
-def rename(weights: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
-    """Return a ConvNeXt's weights with the keys of the official release. Raises ValueError for another network."""
+    is_convnext = isinstance(model, (ConvNeXt, ConvNeXtIsotropic))
+    expected, keys = model.state_dict(), classifier_keys(model)
     try:
-        return to_official(weights)
+        if is_convnext:
+            weights = to_official(weights)
+        shapes = [weights[key].shape if key in weights else None for key in keys]
+        message = "its classifier is kept"
+        if start.class_map:
+            if None in shapes:
+                raise ValueError(f"there is no classifier whose rows {start.class_map} could choose")
+            rows = read_class_map(start.class_map, len(classes), len(weights[keys[0]]))
+            weights |= {key: weights[key][rows] for key in keys}
+            message = f"the rows of its classifier are chosen by {start.class_map}"
+        elif old_classes not in (None, classes) or shapes != [expected[key].shape for key in keys]:
+            weights |= {key: expected[key] for key in keys}
+            message = f"the classifier is new, for {len(classes)} classes"
+        notes = load_weights(model, weights) if is_convnext else load_exactly(model, weights)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit this model: {error}") from None
+        raise ValueError(f"{start.path}: {error}") from None
+    return "; ".join([f"{'EMA ' * start.averaged}weights from {start.path}", *notes, message])
 
 
 def classifier_keys(model: nn.Module) -> list[str]:
-    """Return the names of the weight and the bias of the network's last linear layer."""
-    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    return [f"{head}.{kind}" for kind, _ in model.get_submodule(head).named_parameters()]
+    """Return the names of the weight and the bias of the network's last linear layer. Raises ValueError without one."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} cannot be fine-tuned: its classifier should be a linear layer, and it has none"
+        )
+    return [f"{layers[-1]}.{kind}" for kind, _ in model.get_submodule(layers[-1]).named_parameters()]
 
 
-def check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
-    """Raise ValueError, naming the first keys that differ, if `weights` do not fit a model with `expected`."""
-    if found := key_differences(weights, expected):
-        raise ValueError(f"{path} does not fit this model: {found}")
+def load_exactly(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Load `weights` into `model` and return no notes. Raises ValueError, naming the first keys that differ."""
+    if found := key_differences(weights, model.state_dict()):
+        raise ValueError(f"the weights do not fit: {found}")
+    model.load_state_dict(weights)
+    return []
 
 
 def read_weights(path: Path | str, averaged: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -79,7 +83,7 @@ def read_weights(path: Path | str, averaged: bool = False) -> tuple[dict[str, Te
 
     Raises FileNotFoundError, and ValueError if it has no weights, or no `averaged` (EMA) weights if they are asked for.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_source(path)
     try:
         weights = unwrap(checkpoint, averaged)
     except ValueError as error:

@@ -300,7 +300,7 @@ class Trainer:
         for key, mine in self.identity.items():
             theirs = state.get(key)
             if key == "recipe":
-                theirs = complete(theirs)
+                theirs = complete(type(self.recipe), theirs)
                 changed = [name for name in mine if mine[name] != theirs.get(name)]
                 mine, theirs = ({name: values.get(name) for name in changed} for values in (mine, theirs))
             if mine != theirs:
