@@ -44,6 +44,18 @@ def test_two_trials_without_others_get_wider_intervals_that_cover_too():
     assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_trial_that_scatters_more_needs_its_own_scatter(seeds):
+    rng, pooled_covers, own_covers = np.random.default_rng(seeds), [], []
+    for _ in range(600):
+        right = {step: runs(rng, seeds, seed_std=0.03 if step == "convnext" else 0.011) for step in STEPS}
+        before, after = right["layer_norm"], right["convnext"]
+        pooled_covers.append(not analysis.difference(before, after, analysis.scatter(right)).clear)
+        own_covers.append(not analysis.difference(before, after).clear)
+    assert np.mean(pooled_covers) < 0.85
+    assert np.mean(own_covers) == pytest.approx(0.94, abs=0.025)
+
+
 def test_a_difference_is_in_points_and_uses_all_seeds():
     before, after = made(0.5, seeds=3, seed=1), made(0.6, seeds=4, seed=2)
     interval = analysis.difference(before, after, analysis.Scatter(1.0, 30))
@@ -97,10 +109,10 @@ def test_sign_agreement_has_its_chance_probability():
 def test_rank_agreement_is_one_for_the_papers_order_and_minus_one_for_its_reverse():
     order = sorted(STEPS, key=lambda step: paper.TABLE10[step].top1)
     distinct = {step: made(0.2 + 0.04 * i, images=4000, seed=i) for i, step in enumerate(order)}
-    agreement = analysis.rank_agreement(distinct)
-    assert agreement.value == pytest.approx(1, abs=0.01) and 0.8 < agreement.low < agreement.high <= 1
+    correlation, chance = analysis.rank_agreement(distinct)
+    assert correlation == pytest.approx(1, abs=0.01) and chance < 1e-6
     reverse = {step: made(0.8 - 0.04 * i, images=4000, seed=i) for i, step in enumerate(order)}
-    assert analysis.rank_agreement(reverse).value == pytest.approx(-1, abs=0.01)
+    assert analysis.rank_agreement(reverse) == pytest.approx((-1, 1), abs=0.01)
 
 
 def test_correct_predictions_come_in_the_order_of_seeds(tmp_path, monkeypatch):

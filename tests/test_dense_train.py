@@ -62,13 +62,15 @@ def shapes(head: str, split: str = "train", number: int = 4) -> datasets.DenseDa
 
 
 @pytest.mark.parametrize(
-    "head, epochs, channels", [("mask_rcnn", 60, 32), ("cascade_mask_rcnn", 70, 16), ("upernet", 80, 32)]
+    "head, epochs, channels, hidden",
+    [("mask_rcnn", 80, 32, 128), ("cascade_mask_rcnn", 70, 16, 32), ("upernet", 80, 32, 32)],
 )
-def test_four_images_are_learned_by_heart(head, epochs, channels, monkeypatch):
+def test_four_images_are_learned_by_heart(head, epochs, channels, hidden, monkeypatch):
     monkeypatch.setattr("convnext_min.dense.batches.augment_instances", lambda image, target, _: plain(image, target))
     monkeypatch.setattr("convnext_min.dense.batches.augment_semantic", lambda image, target, _: plain(image, target))
     data = shapes(head)
-    fast = recipe(head, epochs=str(epochs), base_lr="5e-3", evaluate_every="0", channels=str(channels))
+    sizes = {"epochs": str(epochs), "channels": str(channels), "hidden": str(hidden)}
+    fast = recipe(head, base_lr="5e-3", evaluate_every="0", **sizes)
     _, scores = train(f"{head}:convnext_atto", fast, data, data, config=PLAIN)
     if "rcnn" in head:
         assert scores["mask_ap50"] > 0.9 and scores["box_ap50"] > 0.9
@@ -292,7 +294,7 @@ def test_the_backbone_starts_from_a_checkpoint(tmp_path):
 )
 def test_the_backbone_starts_from_a_folder_in_half_precision(backbone, source, settings, tmp_path):
     expected = {key: value.half().float() for key, value in source.state_dict().items() if value.is_floating_point()}
-    save(source, tmp_path, tuple("abcdefg"))  # as the book's backbones are, which have seven classes
+    save(source, tmp_path, tuple("abcdefg"), 64)  # as the book's backbones are, which have seven classes
     model = create_dense_model(f"fcn:{backbone}", recipes.get("shapes", "fcn", backbone, settings), 3, str(tmp_path))
     mine = model.features.network.state_dict()
     kept = [key for key in expected if not key.startswith(("norm.", "head."))]

@@ -64,13 +64,15 @@ def test_a_road_step_without_a_published_row_has_our_numbers_alone(road, monkeyp
     assert ours[row] == pytest.approx(0.5 * row)
     right = analysis.correct("road")
     assert analysis.sign_agreement(analysis.changes(right)).total == 13  # of 15: kernel11 follows kernel9
-    assert np.isfinite(analysis.rank_agreement(right).value)
+    assert np.isfinite(analysis.rank_agreement(right).correlation)
 
 
 def test_each_network_of_the_road_is_a_dot_at_its_time_and_accuracy(road):
     (ax,) = road_figures.costs().axes
-    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
+    means, runs = ax.lines[::2], ax.lines[1::2]
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in means]
     assert dots == [(i + 1, pytest.approx(50 + 0.5 * i)) for i in range(16)]
+    assert [list(line.get_ydata()) for line in runs] == [pytest.approx([50 + 0.5 * i] * 2) for i in range(16)]
     assert ax.texts[0].get_text() == "ResNet-50"
 
 
@@ -128,36 +130,68 @@ def test_learning_rates_have_a_line_per_network(results_folder):
 
 @pytest.fixture
 def last_steps(results_folder):
-    """One step of the road whose best rate is the road's, and one whose best rate is lower."""
-    lrs = [("gelu, 0.004", 3.0), ("layer_norm, 0.004", 2.0), ("layer_norm, 0.002", 1.5), ("layer_norm, 0.001", 1.7)]
+    """One step of the road whose best rate is the road's, and three whose best rate is lower."""
+    lrs = [("fewer_acts, 0.004", 3.0), ("layer_norm, 0.004", 2.0), ("layer_norm, 0.002", 1.5)]
+    lrs += [("layer_norm, 0.001", 1.7), ("fewer_norms, 0.002", 1.5), ("convnext, 0.002", 1.5)]
     logs = [{"trial": t, "seed": 0, "epoch": e, "val_loss": loss / e} for t, loss in lrs for e in (1, 2)]
-    write_csv(
-        results_folder / "road_lr" / "curves.csv",
-        [*logs, *({**row, "trial": "fewer_norms, 0.004"} for row in logs[:2])],
-    )
+    write_csv(results_folder / "road_lr" / "curves.csv", logs)
     steps = ("resnet50", "fewer_acts", "fewer_norms", "layer_norm", "convnext")
     write_experiment(results_folder, "road", {step: [50 + i, 52 + i] for i, step in enumerate(steps)}, 100)
-    write_experiment(results_folder, "road_tuned", {"layer_norm, 0.002": [60, 62]}, 100)
-    write_experiment(
-        results_folder, "road_init", {"convnext, fan-in": [64, 66], "convnext, truncated normal 0.02": [30, 32]}, 100
-    )
+    tuned = {"fewer_norms, 0.002": [70, 72], "layer_norm, 0.002": [60, 62], "convnext, 0.002": [59, 61]}
+    write_experiment(results_folder, "road_tuned", tuned, 100)
+    inits = {"fewer_norms, fan-in": [57], "layer_norm, fan-in": [58, 60], "convnext, fan-in": [64, 66]}
+    write_experiment(results_folder, "road_init", inits | {"convnext, truncated normal 0.02": [30, 32]}, 100)
 
 
 def test_the_rate_of_a_step_is_the_one_with_the_lowest_final_held_out_loss(last_steps):
-    assert road_figures.best_rates() == {"gelu": 0.004, "layer_norm": 0.002, "fewer_norms": 0.004}
+    best = {"fewer_acts": 0.004, "layer_norm": 0.002, "fewer_norms": 0.002, "convnext": 0.002}
+    assert road_figures.best_rates() == best
 
 
 def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
-    rows = {row[:2]: row[2:] for row in road_figures.variants_table().rows}
-    assert list(rows)[:4] == [
-        ("ResNet-50", "as on the road"),
-        ("fewer activations", "as on the road"),
-        ("fewer norms", "as on the road"),  # the road's rate is its best: no row of its own
-        ("BN to LN", "as on the road"),
-    ]
-    assert rows["BN to LN", "own learning rate, 0.002"][2].startswith("+7.0 (")
-    assert rows["separate downsampling", "truncated normal 0.02"][2].startswith("-24.0 (")
+    rows = road_figures.variants_table(road_figures.OWN_RATE).rows
+    assert [row[0] for row in rows] == ["fewer norms", "BN to LN", "separate downsampling"]  # the road's rate is not
+    assert rows[1][1:5] == ("54.0\xa0±\xa01.4", "own learning rate, 0.002", "61.0\xa0±\xa01.4", "2")
+    assert rows[1][5].startswith("+7.0 (")
+    *_, single, row = road_figures.variants_table("fan-in", "truncated normal 0.02").rows
+    assert single[2] == "fan-in" and row[2] == "truncated normal 0.02" and row[5].startswith("-24.0 (")
+
+
+def test_the_last_changes_are_between_networks_of_the_same_variant(last_steps):
+    layer_norm, convnext = road_figures.last_changes().rows
+    assert layer_norm[0] == "BN to LN" and convnext[0] == "separate downsampling"
+    assert [cell.split(" (")[0] for cell in layer_norm[1:]] == ["+1.0", "-10.0", "+2.0"]
+    assert [cell.split(" (")[0] for cell in convnext[1:]] == ["+1.0", "-1.0", "+6.0"]
+
+
+def test_variants_are_dots_with_lines_through_their_means(last_steps):
     ax = road_figures.variants().axes[0]
     lines = [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "-"]
     assert lines[0] == pytest.approx([52, 53, 54, 55])  # as on the road, without ResNet-50
-    assert [tuple(line) for line in lines if len(line) == 1] == [(65,), (31,), (61,)]
+    assert lines[1:] == [pytest.approx(line) for line in ([57, 59, 65], [31], [71, 61, 60])]
+
+
+def test_gelu_is_compared_with_relu_at_each_rate(results_folder):
+    write_experiment(results_folder, "road", {"kernel7": [60, 62], "resnet50": [99, 99], "gelu": [63, 65]}, 100)
+    lower = {"kernel7, 0.002": [50, 50], "gelu, 0.002": [50, 50], "kernel7, 0.001": [44], "gelu, 0.001": [43]}
+    write_experiment(results_folder, "gelu_and_lr", lower, 100)
+    rows = road_figures.gelu_by_rate().rows
+    assert [row[0] for row in rows] == ["0.001", "0.002", "0.004"]
+    assert [row[4].split(" (")[0] for row in rows] == ["-1.0", "+0.0", "+3.0"]
+    assert rows[2][1:4] == ("2", "61.0\xa0±\xa01.4", "64.0\xa0±\xa01.4")
+
+
+def test_networks_with_the_small_data_recipe_have_their_own_rates(results_folder):
+    steps, lrs = ("resnet50", "fewer_acts", "convnext"), (0.004, 0.008)
+    logs = [
+        {"trial": f"{step}, {lr:g}", "seed": 0, "epoch": 5, "val_loss": abs(lr - best)}
+        for step, best in zip(steps, (0.004, 0.008, 0.008))
+        for lr in lrs
+    ]
+    write_csv(results_folder / "small_recipe_lr" / "curves.csv", logs)
+    trials = {"resnet50, 0.004": [60, 62], "fewer_acts, 0.008": [70, 72], "convnext, 0.008": [58, 60]}
+    write_experiment(results_folder, "small_recipe_by_architecture", trials, 100)
+    first, second, third = road_figures.small_recipe_table().rows
+    assert first == ("ResNet-50", "0.004", "61.0\xa0±\xa01.4", "2", "")
+    assert second[:2] == ("fewer activations", "0.008") and second[4].startswith("+10.0 (")
+    assert third[0] == "separate downsampling" and third[4].startswith("-2.0 (")

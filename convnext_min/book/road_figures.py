@@ -10,9 +10,9 @@ from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.result_figures import by_value, curves
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Table, figure, table
-from convnext_min.experiments.trials import LAST_STEPS
+from convnext_min.experiments.trials import LAST_STEPS, SMALL_RECIPE_STEPS
 from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import STEPS
+from convnext_min.roadmap import PREVIOUS, STEPS
 
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
 NETWORKS = {  # of data_and_length
@@ -80,7 +80,7 @@ def gains() -> Figure:
 
 
 def costs() -> Figure:
-    """Plot top-1 of the small runs against the measured time of a run: one dot per step of the road."""
+    """Plot top-1 of the small runs against the median time of a run: per step a dot for the mean, and one per run."""
     right = analysis.correct("road")
     rows = results.rows("road/runs.csv")
     fig, ax = figure(3.4)
@@ -90,9 +90,11 @@ def costs() -> Figure:
         if slug not in right:
             continue
         minutes = float(np.median([float(row["cpu_seconds"]) for row in rows if row["trial"] == slug])) / 60
-        mean, std = analysis.top1(right[slug])
+        values = analysis.by_seed(right[slug])
+        mean = values.mean()
         color = ENDS[slug][1] if slug in ENDS else GREY
-        ax.errorbar(minutes, mean, yerr=std, fmt="o", color=color, markersize=6, elinewidth=1.2)
+        ax.plot(minutes, mean, "o", color=color, markersize=6)
+        ax.plot(np.full(len(values), minutes), values, "o-", color=color, alpha=0.6, markersize=3, linewidth=0.8)
         if slug in places:
             side = "right" if slug in left else "left"
             name = ENDS[slug][0] if slug in ENDS else _label(slug)
@@ -170,10 +172,10 @@ def learning_rates() -> Figure:
     return fig
 
 
-def best_rates() -> dict[str, float]:
-    """Return the learning rate with the lowest held-out loss of each step that was tried (road_lr)."""
+def best_rates(experiment: str = "road_lr") -> dict[str, float]:
+    """Return the learning rate with the lowest held-out loss of each step of the road in a sweep of rates."""
     losses: dict[str, dict[float, float]] = {}
-    for (trial, _), log_rows in curves("road_lr").items():
+    for (trial, _), log_rows in curves(experiment).items():
         step, rate = trial.split(", ")
         losses.setdefault(step, {})[float(rate)] = log_rows[-1]["val_loss"]
     return {step: min(by_rate, key=by_rate.__getitem__) for step, by_rate in losses.items()}
@@ -254,19 +256,76 @@ def variants() -> Figure:
     return fig
 
 
-def variants_table() -> Table:
-    """Return top-1 of ResNet-50 and the last steps by variant, and the distance to the run as on the road, in points.
+def _pooled(found: dict[str, dict[str, analysis.Correct]]) -> analysis.Scatter | None:
+    return analysis.scatter({(variant, step): r for variant, by_step in found.items() for step, r in by_step.items()})
+
+
+def variants_table(*variants: str) -> Table:
+    """Return top-1 of ResNet-50 and the last steps as on the road and in some variants, and the change, in points.
+
+    The intervals hold for all rows at once. They come from the scatter between seeds, pooled over all variants.
+    """
+    found, rates = _variants(), best_rates()
+    pairs = [(step, variant) for step in COMPARED for variant in variants if step in found[variant]]
+    rows = []
+    for step, variant in pairs:
+        before, after = found[ON_ROAD][step], found[variant][step]
+        name = f"{variant}, {rates[step]:g}" if variant == OWN_RATE else variant
+        change = analysis.difference(before, after, _pooled(found), len(pairs))
+        rows.append((_label(step), analysis.top1(before), name, analysis.top1(after), len(after), change))
+    header = ("step", f"{ON_ROAD} (%)", "variant", "top-1 (%)", "seeds", "change (95%, all rows)")
+    return table(header, rows)
+
+
+def last_changes() -> Table:
+    """Return the change of top-1 at the last two steps as on the road, at own learning rates and with fan-in weights.
+
+    The intervals hold for all six at once. They come from the scatter between seeds, pooled over all variants.
+    """
+    found, shown = _variants(), (ON_ROAD, OWN_RATE, "fan-in")
+    steps = LAST_STEPS[-2:]
+    rows = []
+    for step in steps:
+        pairs = [(found[variant][PREVIOUS[step]], found[variant][step]) for variant in shown]
+        changes = [analysis.difference(*pair, _pooled(found), len(steps) * len(shown)) for pair in pairs]
+        rows.append((_label(step), *changes))
+    return table(("points (95%, all at once)", *shown), rows)
+
+
+# ReLU against GELU
+
+
+def gelu_by_rate() -> Table:
+    """Return top-1 of "kernel 7", with ReLU, and of "ReLU to GELU" by learning rate; one of the rates is the road's.
 
     The intervals come from the scatter between seeds, pooled over all runs of the table.
     """
-    found, rates = _variants(), best_rates()
-    pooled = analysis.scatter({(variant, step): r for variant, by_step in found.items() for step, r in by_step.items()})
+    steps = ("kernel7", "gelu")
+    road, runs = analysis.correct("road"), analysis.correct("gelu_and_lr")
+    runs |= {f"{step}, {RECIPES['road'].lr:g}": road[step] for step in steps}
+    pooled = analysis.scatter(runs)
     rows = []
-    for step in COMPARED:
-        base = found[ON_ROAD][step]
-        for variant, by_step in found.items():
-            if step in by_step:
-                name = f"{variant}, {rates[step]:g}" if variant == OWN_RATE else variant
-                gap = "" if variant == ON_ROAD else analysis.difference(base, by_step[step], pooled)
-                rows.append((_label(step), name, analysis.top1(by_step[step]), len(by_step[step]), gap))
-    return table(("step", "variant", "top-1 (%)", "seeds", "change (points, 95%)"), rows)
+    for rate in sorted({float(trial.split(", ")[1]) for trial in runs}):
+        relu, gelu = (runs[f"{step}, {rate:g}"] for step in steps)
+        gain = analysis.difference(relu, gelu, pooled)
+        rows.append((f"{rate:g}", len(relu), analysis.top1(relu), analysis.top1(gelu), gain))
+    return table(("learning rate", "seeds", "ReLU (%)", "GELU (%)", "gain (points, 95%)"), rows)
+
+
+# The small-data recipe on the road
+
+
+def small_recipe_table() -> Table:
+    """Return top-1 of steps of the road with the small-data recipe, each at its best rate, beside ResNet-50.
+
+    The rates are the best of `small_recipe_lr`. The intervals hold for all rows at once. They come from the scatter
+    between seeds, pooled over the steps.
+    """
+    runs, rates = analysis.correct("small_recipe_by_architecture"), best_rates("small_recipe_lr")
+    found = {step: runs[f"{step}, {rates[step]:g}"] for step in SMALL_RECIPE_STEPS}
+    pooled, first = analysis.scatter(found), found["resnet50"]
+    rows = []
+    for step, right in found.items():
+        gap = "" if step == "resnet50" else analysis.difference(first, right, pooled, len(found) - 1)
+        rows.append((_label(step), f"{rates[step]:g}", analysis.top1(right), len(right), gap))
+    return table(("step", "learning rate", "top-1 (%)", "seeds", "minus ResNet-50 (95%, all rows)"), rows)
