@@ -1,10 +1,7 @@
 """Networks by name: a head on a backbone."""
 
-from pathlib import Path
-
 from torch import nn
 
-from convnext_min.convnext import ConvNeXt
 from convnext_min.dense.cascade import cascade_mask_rcnn
 from convnext_min.dense.features import ConvNeXtFeatures
 from convnext_min.dense.mask_rcnn import mask_rcnn
@@ -12,7 +9,7 @@ from convnext_min.dense.recipes import HEADS, DenseRecipe
 from convnext_min.dense.upernet import fcn, upernet
 from convnext_min.train.models import create_model
 from convnext_min.train.pretrained import Start, load_start
-from convnext_min.weights import load_pretrained
+from convnext_min.weights import find
 
 DETECTORS = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade_mask_rcnn}
 BACKBONES = ("convnext_", "road:")
@@ -22,8 +19,8 @@ def create_dense_model(name: str, recipe: DenseRecipe, num_classes: int, pretrai
     """Return the network called `name`, "<head>:<backbone>", such as "upernet:convnext_tiny" or "fcn:road:resnet50".
 
     The head is one of `HEADS`, the backbone convnext_<variant> or road:<step>. `pretrained` names the backbone's
-    weights: a run's checkpoint, a folder in Hugging Face's layout, or, for a ConvNeXt, a tag of the official release
-    such as in22k. Raises ValueError for other names and weights, FileNotFoundError for a missing file.
+    weights: a run's checkpoint, a folder in Hugging Face's layout, a URL, or, for a ConvNeXt, a tag of the official
+    release such as in22k. Raises ValueError for other names and for weights that are missing or do not fit.
     """
     head, _, backbone = name.partition(":")
     if head not in HEADS or not backbone.startswith(BACKBONES):
@@ -32,10 +29,8 @@ def create_dense_model(name: str, recipe: DenseRecipe, num_classes: int, pretrai
             "backbone convnext_<variant> or road:<step>"
         )
     network = create_model(backbone, recipe, 1)  # its classifier is removed
-    if pretrained and (Path(pretrained).exists() or not isinstance(network, ConvNeXt)):
-        load_start(network, Start(pretrained), ())
-    elif pretrained:
-        load_pretrained(network, pretrained)
+    if pretrained:
+        load_start(network, Start(find(backbone, pretrained)), ())
     features = ConvNeXtFeatures(network)
     if head == "fcn":
         return fcn(features, num_classes)
