@@ -85,9 +85,9 @@ def test_stage_macs_are_those_of_the_blocks_of_each_stage():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["3, 4, 6, 3", "3, 3, 9, 3"]
 
 
-def test_windows_are_drawn_in_pixels_and_stay_in_the_picture():
+def test_rectangles_are_drawn_in_pixels_and_stay_in_the_picture():
     image = figures.photos(("chelsea",), 32)[0]
-    (ax,) = figures.windows(image, {"stem": [(8, 12, 4, 6)]}, margin=2).axes
+    (ax,) = figures.rectangles(image, {"stem": [(8, 12, 4, 6)]}, margin=2).axes
     (box,) = ax.patches
     assert (box.get_y(), box.get_x(), box.get_height(), box.get_width()) == (8, 12, 4, 6)
     assert ax.get_xlim() == (10, 20) and ax.get_ylim() == (14, 6)
