@@ -292,26 +292,6 @@ def last_changes() -> Table:
     return table(("points (95%, all at once)", *shown), rows)
 
 
-# ReLU against GELU
-
-
-def gelu_by_rate() -> Table:
-    """Return top-1 of "kernel 7", with ReLU, and of "ReLU to GELU" by learning rate; one of the rates is the road's.
-
-    The intervals come from the scatter between seeds, pooled over all runs of the table.
-    """
-    steps = ("kernel7", "gelu")
-    road, runs = analysis.correct("road"), analysis.correct("gelu_and_lr")
-    runs |= {f"{step}, {RECIPES['road'].lr:g}": road[step] for step in steps}
-    pooled = analysis.scatter(runs)
-    rows = []
-    for rate in sorted({float(trial.split(", ")[1]) for trial in runs}):
-        relu, gelu = (runs[f"{step}, {rate:g}"] for step in steps)
-        gain = analysis.difference(relu, gelu, pooled)
-        rows.append((f"{rate:g}", len(relu), analysis.top1(relu), analysis.top1(gelu), gain))
-    return table(("learning rate", "seeds", "ReLU (%)", "GELU (%)", "gain (points, 95%)"), rows)
-
-
 # The small-data recipe on the road
 
 
