@@ -57,6 +57,11 @@ def shown(source: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda path: path.stem)
+def test_a_fence_ends_on_a_line_of_its_own(path):
+    assert re.findall(r"^.*\S +```$", path.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
 def links(source: str) -> list[tuple[str, str]]:
     """Address and text of every link and image."""
     found, opened = [], []
