@@ -1,11 +1,15 @@
-"""Tests compute on the CPU, also where there is a GPU: some compare results bit for bit."""
+"""Tests compute on the CPU, also where there is a GPU: some compare results bit for bit.
+
+Those of test_gpu.py need one, and run alone: `TEST_GPU=1 python -m pytest tests/test_gpu.py`.
+"""
 
 import os
 import shutil
 
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not os.environ.get("TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from compatibility import (  # noqa: F401 (hooks)
     pytest_addoption,

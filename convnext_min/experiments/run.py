@@ -186,6 +186,7 @@ def read_result(trial: Trial | DenseTrial, seed: int, work: Path, threads: int) 
         "commit": summary["commit"],
         "torch": summary["versions"]["torch"],
         "cpu": summary["machine"]["cpu"],
+        "device": summary["device"],
         "threads": threads,
     }
     curve = [{"trial": trial.name, "seed": seed} | point for point in read_rows(work / "log.csv")]

@@ -173,7 +173,8 @@ def _dense(task: str, head: str, network: tuple[str, tuple, str], pretrained: bo
     """Return the trial of a head on a backbone (name, settings, folder), from the weights in the folder or new ones."""
     backbone, settings, folder = network
     name = f"{head}, {backbone}, {'pretrained' if pretrained else 'from scratch'}"
-    settings = (*settings, f"epochs={DENSE_EPOCHS[head]}", "evaluate_every=5")
+    epochs = DENSE_EPOCHS[head]
+    settings = (*settings, f"epochs={epochs}", f"evaluate_every={epochs // 4}")
     return DenseTrial(name, task, head, backbone, settings, folder if pretrained else "")
 
 

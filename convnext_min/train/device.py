@@ -25,6 +25,11 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model of a GPU, such as "NVIDIA H100 80GB HBM3", or else the type of `device`, such as "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype for autocast, or None for float32; "auto" is bfloat16 if the hardware multiplies it natively.
 

@@ -22,7 +22,7 @@ from convnext_min.measure import count_parameters
 from convnext_min.recipes import Recipe
 from convnext_min.train import distributed
 from convnext_min.train.checkpoint import CHECKPOINT, CheckpointManager, list_checkpoints, load_checkpoint, load_newest
-from convnext_min.train.device import choose_device, peak_memory
+from convnext_min.train.device import choose_device, device_name, peak_memory
 from convnext_min.train.distributed import print_once
 from convnext_min.train.evaluation import Evaluation, evaluate, evaluation_seconds, most_confused
 from convnext_min.train.log import Log, save_failed_batch, training_curve
@@ -340,6 +340,7 @@ def summarize(trainer: Trainer, validation: str, images: int, scores: dict[str, 
         "seconds": round(trainer.clock.seconds, 1),
         "seconds_to_first_iteration": trainer.clock.first_iteration,
         "cpu_seconds": round(trainer.clock.cpu_seconds, 1),
+        "device": device_name(trainer.device),
         "processes": distributed.world_size(),
         "micro_batch": trainer.micro_batch,
         **environment(),
