@@ -36,14 +36,24 @@ def test_tables_4_and_7_are_whole(counted):
     assert rows[0][4] == "–" and ("upernet", "xlarge", 2560, 640) in counted
 
 
+RECORDED = """trial,miou,steps
+"upernet, road:resnet50, from scratch",50.0,1200
+"fcn, convnext_atto, pretrained",30.0,900
+"upernet, road:resnet50, from scratch",54.0,1200
+"""
+
+
 def test_recorded_runs_are_shown_by_mean_and_spread_once_there_are_any(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     assert dense_figures.recorded("camvid", {"miou": "mIoU"}) is None
     folder = tmp_path / "dense" / "camvid"
     folder.mkdir(parents=True)
-    (folder / "runs.csv").write_text("trial,miou,cpu_seconds\na,50.0,120\nb,30.0,60\na,54.0,240\n")
+    (folder / "runs.csv").write_text(RECORDED)
     table = dense_figures.recorded("camvid", {"miou": "mIoU"})
-    assert table.rows == (("a", "52.0 ± 2.8", "2", "3"), ("b", "30.0", "1", "1"))
+    assert table.rows == (
+        ("UperNet", "ResNet-50", "from scratch", "52.0 ± 2.8", "2", "1,200"),
+        ("plain head", "ConvNeXt", "pretrained", "30.0", "1", "900"),
+    )
 
 
 def test_a_level_is_drawn_by_what_varies_most_and_a_constant_one_is_constant():

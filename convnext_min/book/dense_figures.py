@@ -354,8 +354,21 @@ def segmentation_table() -> Table:
     return table(header, rows)
 
 
+NAMES = {  # in the names of trials
+    "mask_rcnn": "Mask R-CNN",
+    "cascade_mask_rcnn": "Cascade Mask R-CNN",
+    "upernet": "UperNet",
+    "fcn": "plain head",
+    "convnext_atto": "ConvNeXt",
+    "road:resnet50": "ResNet-50",
+}
+
+
 def recorded(task: str, metrics: dict[str, str]) -> Table | None:
-    """Return mean and spread of `metrics`, by name, over the runs recorded for `task`, or None if there are none."""
+    """Return mean and spread of `metrics`, by name, over the runs recorded for `task`, or None if there are none.
+
+    A trial is named "head, backbone, start".
+    """
     try:
         runs = results.rows(f"dense/{task}/runs.csv")
     except OSError:
@@ -367,6 +380,7 @@ def recorded(task: str, metrics: dict[str, str]) -> Table | None:
         for metric in metrics:
             values = torch.tensor([float(run[metric]) for run in own])
             cells.append(f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(own) > 1 else ""))
-        minutes = sum(float(run["cpu_seconds"]) for run in own) / len(own) / 60
-        rows.append((trial, *cells, len(own), f"{minutes:.0f}"))
-    return table(("network", *metrics.values(), "seeds", "core-minutes"), rows) if rows else None
+        rows.append(
+            (*(NAMES.get(word, word) for word in trial.split(", ")), *cells, len(own), f"{int(own[0]['steps']):,}")
+        )
+    return table(("head", "backbone", "start", *metrics.values(), "seeds", "iterations"), rows) if rows else None

@@ -49,7 +49,7 @@ images of {seen}. The other three classes of Imagenette, {new}, were kept for fi
 | top-1 of these weights | {top1:.2f}% of {images:,} validation images of the seven classes, one run |
 | resolution in evaluation | {resolution} x {resolution} pixels |
 | recipe | `{recipe}` with {settings}: {epochs} epochs in {minutes:.0f} minutes |
-| machine | {cpu}, {cores} cores |
+| machine | {cpu}, {cores} cores{gpus} |
 | versions | {versions} |
 | commit | `{commit}` |
 | command | `{command}` |
@@ -117,6 +117,7 @@ def write_card(name: str, recipe: Recipe, history: History, sets: tuple[ImageSet
             "minutes": history.rows[-1]["seconds"] / 60,
             "cpu": machine["cpu"],
             "cores": machine["cores"],
+            "gpus": "".join(f", {gpu}" for gpu in machine["gpus"][:1]),
             "versions": ", ".join(f"{library} {number}" for library, number in versions.items()),
             "command": " ".join(facts["command"]),
         }
