@@ -1,6 +1,7 @@
 """Data sets for detection and segmentation: what is read, and a line for each thing that is wrong."""
 
 import json
+import math
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -110,13 +111,27 @@ def test_annotations_without_ids_are_an_error(coco):
         datasets.coco("train", coco)
 
 
+NO_MASK = "annotation 1 has a mask of neither polygons nor run lengths"
+
+
 @pytest.mark.parametrize(
     "values, said",
     [
         ({"bbox": [2, 1, 0, 3]}, "annotation 1 has a box without area: [2, 1, 0, 3]"),
         ({"image_id": 77}, "annotation 1 is of the image 77, which is not listed"),
         ({"category_id": 4}, "annotation 1 has the category 4, which is not listed"),
+        ({"bbox": [2, 1, math.nan, 3]}, "annotation 1 has a box without area: [2, 1, nan, 3]"),
+        ({"bbox": None}, "annotation 1 has a box without area: None"),
         ({"segmentation": []}, "annotation 1 has no mask"),
+        (
+            {"segmentation": [[2, 1, 4, 3]]},
+            "annotation 1 has a mask of neither polygons nor run lengths: [[2, 1, 4, 3]]",
+        ),
+        ({"segmentation": "2 1 4 3"}, f"{NO_MASK}: 2 1 4 3"),
+        (
+            {"segmentation": {"counts": "12"}},
+            "annotation 1 has a mask of neither polygons nor run lengths: {'counts': '12'}",
+        ),
     ],
 )
 def test_an_annotation_of_coco_that_cannot_be_used_is_left_out(coco, values, said):
@@ -124,6 +139,29 @@ def test_an_annotation_of_coco_that_cannot_be_used_is_left_out(coco, values, sai
     train = datasets.coco("train", coco)
     assert train.problems == [f"{path}: {said}"]
     assert train[0][1]["labels"].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda content: content["images"][0].pop("width"), "image 7 has no width"),
+        (lambda content: content["categories"][0].pop("name"), "category 3 has no name"),
+        (lambda content: content["categories"].clear(), "lists no category"),
+    ],
+)
+def test_lists_of_coco_that_are_incomplete_are_refused(coco, change, said):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"instances_train2017.json.* {said}"):
+        datasets.coco("train", coco)
+
+
+def test_a_mask_that_pycocotools_cannot_read_is_named(coco):
+    change(coco, segmentation={"size": [30, 40], "counts": [-5]})
+    (line,) = datasets.check(datasets.coco("train", coco))
+    assert "annotation 1 has a damaged mask" in line and ".jpg: " in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Figures and tables of the chapters on detection and segmentation show what they are given."""
 
+from collections import Counter
+
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -8,12 +11,14 @@ from convnext_min.book import dense_figures, results
 from convnext_min.dense import datasets, flops
 from convnext_min.dense.upernet import IGNORED
 
+MADE_UP = {"backbone": 10**9, flops.EXTRAS: 10**8}, 2 * 10**6
+
 
 @pytest.fixture
 def counted(monkeypatch):
     """Counts that are made up, for speed; returns the calls."""
     calls = []
-    monkeypatch.setattr(flops, "cost", lambda *network: calls.append(network) or ({"all": 10**9 * len(calls)}, 10**6))
+    monkeypatch.setattr(flops, "cost", lambda *network: calls.append(network) or MADE_UP)
     return calls
 
 
@@ -25,14 +30,14 @@ def test_table_3_is_whole_and_counts_the_networks_that_we_have(counted):
         row.backbone for row in published if row.backbone.startswith(("Swin", "X101"))
     ]
     scores = ("46.2", "67.9", "50.8", "41.7", "65.0", "44.9")
-    assert rows[1] == ("ConvNeXt-T", "Mask R-CNN", *scores, "25.6", "262", "1.0")
+    assert rows[1] == ("ConvNeXt-T", "Mask R-CNN", *scores, "25.6", "262", "1.0", "1.1")
     assert ("cascade_mask_rcnn", "resnet50", 1280, 800) in counted and len(counted) == 8
 
 
 def test_tables_4_and_7_are_whole(counted):
     rows = dense_figures.segmentation_table().rows
     assert [row[0] for row in rows] == [row.backbone for row in (*paper.TABLE4, *paper.TABLE4_22K)]
-    assert rows[1] == ("ConvNeXt-T", "1K", "512", "46.7", "46.0", "939", "1.0", "60", "1.0")
+    assert rows[1] == ("ConvNeXt-T", "1K", "512", "46.7", "46.0", "939", "1.0", "1.1", "60", "2.0")
     assert rows[0][4] == "–" and ("upernet", "xlarge", 2560, 640) in counted
 
 
@@ -75,17 +80,25 @@ def test_maps_have_names_and_shapes_and_as_many_arrows_as_asked():
 
 def test_anchors_have_their_shapes():
     by_level = [torch.tensor([[-4.0, -4.0, 4.0, 4.0]] * 3) * 2**i for i in range(5)]
-    fig = dense_figures.anchors(torch.rand(3, 64, 64), {}, by_level, (32.0, 32.0), torch.rand(7, 4))
+    matched = [torch.rand(n, 4) for n in (4, 2, 1, 0, 0)]
+    fig = dense_figures.anchors(torch.rand(3, 64, 64), by_level, (32.0, 32.0), matched, (8, 16, 32, 64, 128))
     assert [ax.get_title() for ax in fig.axes] == ["anchors at one place: 15×4", "anchors that match an object: 7×4"]
+    used = [Counter(patch.get_edgecolor() for patch in ax.patches) for ax in fig.axes]
+    assert list(used[0].values()) == [3] * 5 and list(used[1].values()) == [4, 2, 1]
+    assert list(used[1]) == list(used[0])[:3]  # the colours of their levels
 
 
-def test_the_edge_of_a_mask_has_its_colour_and_the_image_stays_inside():
-    mask = torch.zeros(1, 10, 10, dtype=torch.bool)
-    mask[0, 2:8, 2:8] = True
-    drawn = dense_figures.outlined(torch.full((3, 10, 10), 0.5), mask, ["#ff0000"])
-    red = torch.tensor([1.0, 0.0, 0.0])
-    assert torch.equal(drawn[:, 4, 8], red) and not torch.equal(drawn[:, 10, 10], red)
-    assert not torch.equal(drawn[:, 0, 0], red)
+@pytest.mark.parametrize("left", [3, 0])
+def test_an_outline_goes_once_around_a_mask_also_at_the_border(left):
+    mask = torch.zeros(10, 10, dtype=torch.bool)
+    mask[2:8, left:8] = True
+    fig, ax = plt.subplots()
+    dense_figures.outline(ax, mask, "#ff0000")
+    ((path,),) = [lines.get_paths() for lines in ax.collections]
+    assert (path.vertices[0] == path.vertices[-1]).all()
+    low, high = path.vertices.min(0), path.vertices.max(0)
+    assert low == pytest.approx([left - 0.5, 1.5], abs=0.3) and high == pytest.approx([7.5, 7.5], abs=0.3)
+    plt.close(fig)
 
 
 def test_titles_count_the_verdicts():
@@ -101,10 +114,13 @@ def test_pixels_without_a_class_are_grey_and_do_not_count_as_wrong():
     found = torch.tensor([[0, 0], [0, 1]])
     fig = dense_figures.predictions([(torch.rand(3, 2, 2), labels, found)], ("a", "b"))
     assert fig.axes[3].get_title() == "33% wrong"
+    fig = dense_figures.predictions([(torch.rand(3, 2, 2), labels, found)], ("a", "b"), photos=False)
+    assert [ax.get_title() for ax in fig.axes] == ["labels", "prediction", "33% wrong"]
+    assert len({tuple(pixel) for pixel in fig.axes[2].images[0].get_array().reshape(-1, 3)}) == 2  # grey, and orange
 
 
 def test_drawings_of_data_sets_take_few_images():
-    fig = dense_figures.scenes(datasets.shapes("val", instances=False, number=1))
-    assert len(fig.axes) == 2
+    drawn = datasets.shapes("val", instances=False, number=1)
+    assert [len(dense_figures.scenes(drawn, photos=photos).axes) for photos in (True, False)] == [2, 1]
     fig = dense_figures.objects(datasets.shapes("val", number=2), 2)
     assert all(ax.get_title().endswith("objects") for ax in fig.axes[:2])

@@ -102,3 +102,16 @@ def test_the_command_line_shows_and_refuses(capsys):
     assert said.startswith("camvid for upernet:convnext_tiny, starting from new weights\n") and "your setting" in said
     with pytest.raises(SystemExit, match="error: upernet is not for coco; valid: mask_rcnn, cascade_mask_rcnn"):
         recipes.main(["show", "coco", *options])
+
+
+@pytest.mark.parametrize(("task", "heads"), recipes.HEADS_OF.items())
+def test_a_step_of_the_road_takes_no_settings_that_only_a_convnext_has(task, heads):
+    for head in heads:
+        recipe = recipes.get(task, head, "road:resnet50")
+        assert (recipe.layer_decay, recipe.stage_wise, recipe.init) == (1.0, False, "pytorch")
+
+
+def test_mask_rcnn_without_a_released_configuration_takes_that_of_the_cascade():
+    mine, theirs = (recipes.get("coco", head, "convnext_base") for head in ("mask_rcnn", "cascade_mask_rcnn"))
+    assert (mine.drop_path, mine.layer_decay, mine.lr) == (theirs.drop_path, theirs.layer_decay, theirs.lr)
+    assert recipes.get("coco", "mask_rcnn", "convnext_tiny").layer_decay == 0.95

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense_folders import write_ade20k, write_coco, write_map, write_nuclei
 from PIL import Image
+from PIL.ImageColor import getrgb
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -366,9 +367,16 @@ def test_drawings_show_masks_above_the_threshold_only():
     found["masks"][0, :10, :10] = found["masks"][1, 20:30, 20:30] = True
     drawn = predict.draw(torch.zeros(3, 40, 40, dtype=torch.uint8), found, ("nucleus",))
     assert drawn[:, 5, 5].any() and not drawn[:, 25, 25].any()
-    assert len(set(predict.palette(20))) == 20
     assert predict.describe(found, ("disc", "square")) == "1 disc"
     assert predict.describe({"labels": torch.tensor([[0, 0, 0, 1]])}, ("sky", "road")) == "75% sky, 25% road"
+
+
+@pytest.mark.parametrize("number", [11, 150])  # of CamVid and of ADE20K
+def test_every_class_has_a_colour_of_its_own(number):
+    colors = torch.tensor([getrgb(color) for color in predict.palette(number)])
+    assert len(colors) == number
+    distances = (colors[:, None] - colors).abs().amax(2) + 255 * torch.eye(number, dtype=torch.int64)
+    assert distances.min() >= 5
 
 
 @pytest.mark.parametrize("task, head", [("coco", "cascade_mask_rcnn"), ("ade20k", "upernet")])

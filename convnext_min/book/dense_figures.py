@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,12 +17,12 @@ from convnext_min import paper
 from convnext_min.book import results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table, use_style
 from convnext_min.dense import flops
-from convnext_min.dense.datasets import DenseDataset, Target
+from convnext_min.dense.datasets import DenseDataset
 from convnext_min.dense.predict import palette
 from convnext_min.dense.upernet import IGNORED
 
 LEVEL_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE)  # of P2..P6
-VERDICTS = {"found": BLUE, "missed": ORANGE, "false": RED, "merged": PURPLE}
+VERDICTS = {"found": BLUE, "missed": ORANGE, "double": GREEN, "false": RED, "merged": PURPLE}
 NO_CLASS = "#d9d9d9"
 
 Map = tuple[str, Tensor]  # a name and one level (C, H, W)
@@ -74,14 +75,15 @@ def objects(dataset: DenseDataset, number: int = 4) -> Figure:
     return fig
 
 
-def scenes(dataset: DenseDataset, number: int = 3) -> Figure:
-    """Draw the first images of `dataset`, and below each its label map; pixels of no class are grey."""
+def scenes(dataset: DenseDataset, number: int = 3, photos: bool = True) -> Figure:
+    """Draw the label maps of the first images of `dataset`, below the images if `photos`; no class is grey."""
     number = min(number, len(dataset))
-    fig, (above, below) = _grid(2, number, 3.9)
+    fig, lines = _grid(1 + photos, number, 3.9 if photos else 2.3)
     for i in range(number):
         image, target = dataset[i]
-        _show(above[i], image.as_subclass(Tensor))
-        below[i].imshow(coloured(target["labels"].as_subclass(Tensor), len(dataset.classes)))
+        if photos:
+            _show(lines[0][i], image.as_subclass(Tensor))
+        lines[-1][i].imshow(coloured(target["labels"].as_subclass(Tensor), len(dataset.classes)))
     _legend(fig, [*dataset.classes, "no class"], [*palette(len(dataset.classes)), NO_CLASS], 6)
     return fig
 
@@ -140,20 +142,30 @@ def maps(rows: Sequence[Sequence[Map | None]], arrows: Sequence[Arrow] = ()) -> 
 # ---- Detection
 
 
-def anchors(image: Tensor, target: Target, by_level: Sequence[Tensor], centre: tuple[float, float], matched: Tensor):
-    """Draw anchors on an image: those of all levels, each (A, 4), at one place; and those `matched` with an object."""
+def anchors(
+    image: Tensor,
+    by_level: Sequence[Tensor],
+    centre: tuple[float, float],
+    matched: Sequence[Tensor],
+    sides: Sequence[float],
+) -> Figure:
+    """Draw anchors (A, 4) of each level on an image: those at one place, and those `matched` with an object.
+
+    `sides` are those of the levels' square anchors, in pixels.
+    """
     fig, ((left, right),) = _grid(1, 2, 3.7)
     _show(left, image, f"anchors at one place: {sum(map(len, by_level))}×4")
     shift = torch.tensor([*centre, *centre])
     for boxes, colour in zip(by_level, LEVEL_COLOURS):
         for box in boxes:
             _frame(left, box + shift, colour)
-    _show(right, image, f"anchors that match an object: {len(matched)}×4")
-    for box in matched:
-        _frame(right, box, GREEN, linewidth=0.8)
+    _show(right, image, f"anchors that match an object: {sum(map(len, matched))}×4")
+    for boxes, colour in zip(matched, LEVEL_COLOURS):
+        for box in boxes:
+            _frame(right, box, colour, linewidth=0.8)
     for ax in (left, right):
         ax.set(xlim=(-0.5, image.shape[2] - 0.5), ylim=(image.shape[1] - 0.5, -0.5))
-    _legend(fig, [f"P{i} ({2**i} px)" for i in range(2, 2 + len(by_level))], LEVEL_COLOURS, 5)
+    _legend(fig, [f"P{i}, side {side:.0f}" for i, side in enumerate(sides, 2)], LEVEL_COLOURS, 5)
     return fig
 
 
@@ -231,17 +243,12 @@ def cascade(image: Tensor, truth: Tensor, boxes: Sequence[Tensor], ious: Sequenc
     return fig
 
 
-def outlined(image: Tensor, masks: Tensor, colours: Sequence[str], scale: int = 2) -> Tensor:
-    """Return an image (3, H, W) enlarged by `scale`, with the edges of masks (n, H, W) in `colours`, in 0..1."""
-    pixels = image.float()
-    pixels = (pixels / pixels.quantile(0.999).clamp(min=1e-6)).clamp(max=1)
-    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    for mask, colour in zip(masks.bool(), colours):
-        mask = mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        edge = mask & F.max_pool2d((~mask).float()[None], 3, 1, 1)[0].bool()
-        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        pixels[:, edge] = rgb[:, None]
-    return pixels
+def outline(ax: Axes, mask: Tensor, colour: str) -> None:
+    """Draw the edge of a mask (H, W) as a line; at the border of the image, too."""
+    height, width = mask.shape
+    padded = F.pad(mask.float(), (1, 1, 1, 1)).numpy()
+    x, y = np.arange(-1, width + 1).clip(-0.5, width - 0.5), np.arange(-1, height + 1).clip(-0.5, height - 0.5)
+    ax.contour(x, y, padded, [0.5], colors=[colour], linewidths=1.1)
 
 
 def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure:
@@ -249,32 +256,43 @@ def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure
     lines = -(-len(examples) // 2)
     fig, axes = _grid(lines, 2, 3.1 * lines + 0.3)
     for ax, (image, masks, verdicts) in zip((ax for line in axes for ax in line), examples):
-        ax.imshow(outlined(image, masks, [VERDICTS[verdict] for verdict in verdicts]).permute(1, 2, 0).numpy())
+        bright = image.float().quantile(0.999).clamp(min=1e-6)
+        ax.imshow((image / bright).clamp(max=1).permute(1, 2, 0).numpy())
+        for mask, verdict in zip(masks, verdicts):
+            if mask.any():
+                outline(ax, mask, VERDICTS[verdict])
         counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts]
         ax.set_title(", ".join(counts), fontsize=9.5, fontweight="normal")
     handles = [Line2D([], [], color=colour, label=name) for name, colour in VERDICTS.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=4)
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
 
 
 # ---- Segmentation
 
 
-def predictions(examples: Sequence[tuple[Tensor, Tensor, Tensor]], classes: Sequence[str]) -> Figure:
-    """Draw a row per example: the image (3, H, W), its labels, the predicted labels, and the wrong pixels in orange."""
-    fig, axes = _grid(len(examples), 4, 1.3 * len(examples) + 0.9)
+def predictions(
+    examples: Sequence[tuple[Tensor, Tensor, Tensor]], classes: Sequence[str], photos: bool = True
+) -> Figure:
+    """Draw a row per example: its labels, the predicted labels, and the wrong pixels in orange.
+
+    With `photos`, the row starts with the image (3, H, W), which also lies faintly below the wrong pixels.
+    """
+    titles = ["image"] * photos + ["labels", "prediction"]
+    fig, axes = _grid(len(examples), len(titles) + 1, (1.3 if photos else 1.65) * len(examples) + 0.9)
     for line, (image, labels, found) in zip(axes, examples):
-        _show(line[0], image)
-        line[1].imshow(coloured(labels, len(classes)))
-        line[2].imshow(coloured(found, len(classes)))
+        if photos:
+            _show(line[0], image)
+        line[-3].imshow(coloured(labels, len(classes)))
+        line[-2].imshow(coloured(found, len(classes)))
         wrong = (found != labels) & (labels != IGNORED)
-        faded = 0.6 + 0.4 * image.float().mean(0) / image.max()
-        shown = faded[..., None].repeat(1, 1, 3)
+        gray = image.float().mean(0) / image.max() if photos else torch.full(labels.shape, 0.7)
+        shown = (0.6 + 0.4 * gray)[..., None].repeat(1, 1, 3)
         shown[wrong] = torch.tensor([0.84, 0.37, 0.0])
-        line[3].imshow(shown.clamp(0, 1).numpy())
+        line[-1].imshow(shown.clamp(0, 1).numpy())
         share = wrong.sum() / (labels != IGNORED).sum()
-        line[3].set_title(f"{share:.0%} wrong", fontsize=9.5, fontweight="normal")
-    for ax, title in zip(axes[0][:3], ("image", "labels", "prediction")):
+        line[-1].set_title(f"{share:.0%} wrong", fontsize=9.5, fontweight="normal")
+    for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=9.5, fontweight="normal")
     _legend(fig, [*classes, "no class"], [*palette(len(classes)), NO_CLASS], 6)
     return fig
@@ -308,12 +326,17 @@ VARIANTS = {  # backbones of the paper's tables that we have
 }
 
 
-def _counted(head: str, backbone: str, size: tuple[int, int]) -> tuple[str, str]:
-    """Return our GMACs and millions of parameters for a row of the paper, or dashes for a backbone that we lack."""
+# Columns with our multiply-accumulates: of convolutions and linear layers alone, and with `flops.EXTRAS`.
+LAYERS, ALL = "layers (G)", "all (G)"
+
+
+def _counted(head: str, backbone: str, size: tuple[int, int]) -> tuple[str, str, str]:
+    """Return `LAYERS`, `ALL` and millions of parameters for a row of the paper; dashes for a backbone that we lack."""
     if backbone not in VARIANTS:
-        return "–", "–"
+        return "–", "–", "–"
     parts, params = flops.cost(head, VARIANTS[backbone], *size)
-    return f"{sum(parts.values()) / 1e9:.1f}", f"{params / 1e6:.1f}"
+    both = sum(parts.values())
+    return f"{(both - parts[flops.EXTRAS]) / 1e9:.1f}", f"{both / 1e9:.1f}", f"{params / 1e6:.1f}"
 
 
 def detection_table() -> Table:
@@ -330,13 +353,13 @@ def detection_table() -> Table:
             *(f"{value:.1f}" for value in (*row.box, *row.mask)),
             f"{row.fps:.1f}",
             row.gflops,
-            _counted(head, row.backbone, (1280, 800))[0],
+            *_counted(head, row.backbone, (1280, 800))[:2],
         )
         for label, head, part in groups
         for row in part
     ]
-    header = ("backbone", "detector", "box AP", "AP50", "AP75", "mask AP", "AP50", "AP75", "FPS", "GFLOPs", "counted")
-    return table(header, rows)
+    metrics = [f"{kind} {metric}" for kind in ("box", "mask") for metric in ("AP", "AP50", "AP75")]
+    return table(("backbone", "detector", *metrics, "FPS", "GFLOPs", LAYERS, ALL), rows)
 
 
 def segmentation_table() -> Table:
@@ -345,13 +368,12 @@ def segmentation_table() -> Table:
     for label, part in (("1K", paper.TABLE4), ("22K", paper.TABLE4_22K)):
         for row in part:
             size = (2048, 512) if row.crop == 512 else (2560, 640)
-            gmacs, params = _counted("upernet", row.backbone, size)
+            *gmacs, params = _counted("upernet", row.backbone, size)
             single = f"{row.miou_single_scale:.1f}" if row.miou_single_scale else "–"
-            rows.append(
-                (row.backbone, label, row.crop, f"{row.miou:.1f}", single, row.gflops, gmacs, row.params, params)
-            )
-    header = ("backbone", "trained on", "crop", "mIoU", "single-scale", "GFLOPs", "counted", "params (M)", "counted")
-    return table(header, rows)
+            scores = row.crop, f"{row.miou:.1f}", single
+            rows.append((row.backbone, label, *scores, row.gflops, *gmacs, row.params, params))
+    scores = "crop", "mIoU", "single-scale"
+    return table(("backbone", "trained on", *scores, "GFLOPs", LAYERS, ALL, "params (M)", "counted (M)"), rows)
 
 
 NAMES = {  # in the names of trials

@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import io
+import math
 import os
 import socket
 import sys
@@ -242,6 +243,7 @@ def coco(split: str, root: Path | str | None = None) -> DenseDataset:
         if not needed.exists():
             raise FileNotFoundError(f"{needed} not found; expected COCO's layout in {folder}")
     index = _coco_index(path)
+    _check_lists(path, index)
     categories = {number: label for label, number in enumerate(sorted(index.getCatIds()), 1)}
     kept, problems = {number: [] for number in index.imgs}, []
     for annotation in index.anns.values():
@@ -269,6 +271,17 @@ def _coco_index(path: Path) -> COCO:
         raise ValueError(f"{path} holds no annotations of COCO: {type(error).__name__} {error}") from error
 
 
+def _check_lists(path: Path, index: COCO) -> None:
+    """Raise ValueError, naming the file, if its images or categories are missing or incomplete."""
+    lists = {"image": (index.imgs, ("file_name", "width", "height")), "category": (index.cats, ("name",))}
+    for kind, (entries, needed) in lists.items():
+        if not entries:
+            raise ValueError(f"{path} lists no {kind}")
+        for number, entry in entries.items():
+            if missing := [field for field in needed if field not in entry]:
+                raise ValueError(f"{path}: {kind} {number} has no {', '.join(missing)}")
+
+
 def _exists(images: Path, index: COCO, number: int) -> bool:
     return (images / index.imgs[number]["file_name"]).is_file()
 
@@ -279,9 +292,18 @@ def _coco_problem(annotation: dict, images: dict, categories: dict) -> str:
         return f"is of the image {annotation.get('image_id')}, which is not listed"
     if annotation.get("category_id") not in categories:
         return f"has the category {annotation.get('category_id')}, which is not listed"
-    if len(annotation.get("bbox", ())) != 4 or min(annotation["bbox"][2:]) <= 0:
-        return f"has a box without area: {annotation.get('bbox')}"
-    return "" if annotation.get("segmentation") else "has no mask"
+    box, mask = annotation.get("bbox"), annotation.get("segmentation")
+    if not (_are_numbers(box) and len(box) == 4 and min(box[2:]) > 0):
+        return f"has a box without area: {box}"
+    if not mask:
+        return "has no mask"
+    polygons = isinstance(mask, list) and all(_are_numbers(one) and len(one) >= 6 and len(one) % 2 == 0 for one in mask)
+    runs = isinstance(mask, dict) and _are_numbers(mask.get("size")) and isinstance(mask.get("counts"), (list, str))
+    return "" if polygons or runs else f"has a mask of neither polygons nor run lengths: {str(mask)[:60]}"
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
 
 
 class CocoReader:
@@ -294,7 +316,7 @@ class CocoReader:
         image = read_image(example.image)
         masks, boxes, labels, crowds = torch.zeros(0, *image.shape[1:], dtype=torch.uint8), [], [], []
         for annotation in example.label:
-            mask = torch.from_numpy(self.index.annToMask(annotation))[None]
+            mask = torch.from_numpy(self._mask(annotation, example.image))[None]
             if mask.shape[1:] != image.shape[1:]:
                 listed, real = ("x".join(map(str, reversed(x.shape[1:]))) for x in (mask, image))
                 raise ValueError(f"{example.image} has {real} pixels, but its masks have {listed}")
@@ -306,6 +328,13 @@ class CocoReader:
         numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, crowds))
         boxes = box_convert(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), "xywh", "xyxy")
         return image, instances_target(masks, *numbers, boxes)
+
+    def _mask(self, annotation: dict, image: str) -> np.ndarray:
+        """Return a mask (H, W) in 0, 1. Raises ValueError, naming the image, if pycocotools cannot read it."""
+        try:
+            return self.index.annToMask(annotation)
+        except Exception as error:  # pycocotools raises this type, too
+            raise ValueError(f"{image}: annotation {annotation['id']} has a damaged mask: {error}") from error
 
 
 # ---- Drawn shapes

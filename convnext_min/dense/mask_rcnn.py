@@ -1,7 +1,8 @@
 """Mask R-CNN (He et al., 2017) from torchvision's parts, with the settings of the paper's MMDetection (Table 3).
 
-Two details stay torchvision's: the box loss is smooth L1 (beta 1/9), not L1, and RoIAlign reads 2x2 points per bin
-without `aligned`, not an adaptive number of points.
+Details that stay torchvision's: the box losses are smooth L1 (beta 1/9), not L1; RoIAlign reads 2x2 points per bin
+without `aligned`, not an adaptive number of points; the best anchor of an object matches it at any IoU, not from 0.3;
+the box head takes no match below 0.5; and PyTorch's initial weights in the heads' last layers.
 """
 
 from torch import Tensor

@@ -4,9 +4,11 @@ Each image is written again with the predictions drawn into it: masks, boxes and
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from colorsys import hls_to_rgb
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from convnext_min.dense.recipes import DenseRecipe
 from convnext_min.dense.upernet import Segmenter
 from convnext_min.environment import printable
 from convnext_min.train.checkpoint import load_checkpoint
+from convnext_min.train.device import choose_device
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")  # Okabe and Ito's
 
@@ -49,11 +52,15 @@ def load_model(checkpoint: Path | str, settings: Mapping[str, Any] | None = None
 
 
 def palette(number: int) -> list[str]:
-    """Return `number` colours, as #rrggbb: `COLORS`, then darker ones."""
-    rgb = [
-        [int(channel * 0.6 ** (i // len(COLORS))) for channel in getrgb(COLORS[i % len(COLORS)])] for i in range(number)
-    ]
-    return ["#{:02x}{:02x}{:02x}".format(*channels) for channels in rgb]
+    """Return `number` different colours, as #rrggbb: `COLORS`, darker ones, then hues in three lightnesses."""
+    colors = list(COLORS)
+    for color in COLORS:
+        colors.append("#{:02x}{:02x}{:02x}".format(*(int(0.6 * channel) for channel in getrgb(color))))
+    more = max(0, number - len(colors))
+    for i in range(more):
+        hue, lightness = i // 3 / math.ceil(more / 3), (0.35, 0.55, 0.75)[i % 3]
+        colors.append("#{:02x}{:02x}{:02x}".format(*(round(255 * x) for x in hls_to_rgb(hue, lightness, 0.8))))
+    return colors[:number]
 
 
 def draw(image: Tensor, found: Target, classes: tuple[str, ...], threshold: float = 0.5) -> Tensor:
@@ -91,13 +98,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m convnext_min.dense.predict", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score of an object that is shown (0.5)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--output", default="predictions", help="folder for the drawings (predictions)")
     parser.add_argument("images", nargs="+", help="image files")
     args = parser.parse_args(argv)
     try:
+        device = choose_device(args.device)
         model, state = load_model(args.checkpoint)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    model.to(device)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     failures, classes = 0, state["classes"]
     taken = {Path(path).resolve() for path in args.images}  # neither an image nor another drawing is overwritten
@@ -108,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             failures += 1
             tqdm.write(printable(f"error: {error}"), file=sys.stderr)
             continue
-        found = predict(model, image.float() / 255, state["recipe"])
+        found = predict(model, image.to(device).float() / 255, state["recipe"])
+        found = {key: value.cpu() for key, value in found.items()}
         drawing = next(name for name in _names(Path(args.output), Path(path).stem) if name.resolve() not in taken)
         taken.add(drawing.resolve())
         to_pil_image(draw(image, found, classes, args.threshold)).save(drawing)

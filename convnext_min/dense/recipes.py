@@ -176,13 +176,16 @@ def get(
 ) -> DenseRecipe:
     """Return the recipe of `task` for a head and a backbone, changed by settings written "key=value".
 
-    `pretrained` is passed to `create_dense_model`; for "in22k" the values of `FROM_22K` hold.
+    `pretrained` is passed to `create_dense_model`; for "in22k" the values of `FROM_22K` hold. Where no configuration
+    for Mask R-CNN was released, it takes the values of the cascade on the same backbone.
     """
-    recipe = replace(RECIPES[task], **PER_MODEL.get((task, head, backbone), {}))
+    of_cascade = PER_MODEL.get((task, "cascade_mask_rcnn", backbone), {}) if head == "mask_rcnn" else {}
+    recipe = replace(RECIPES[task], **PER_MODEL.get((task, head, backbone), of_cascade))
     if pretrained == "in22k":
         recipe = replace(recipe, **FROM_22K.get((task, head, backbone), {}))
-    if backbone.startswith("road:"):  # the road has its own initial weights and no layer scale
-        recipe = replace(recipe, init="pytorch", layer_scale_init=Recipe.layer_scale_init)
+    if backbone.startswith("road:"):  # the road has its own initial weights, no layer scale and no layer-wise decay
+        plain = {"layer_decay": 1.0, "stage_wise": False, "layer_scale_init": Recipe.layer_scale_init}
+        recipe = replace(recipe, init="pytorch", **plain)
     return replace(recipe, **parse_settings(DenseRecipe, settings))
 
 

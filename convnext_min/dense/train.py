@@ -58,7 +58,8 @@ class DenseTrainer(Trainer):
 
     def _check_outputs(self, name: str) -> None:
         self.model.train()
-        if name.startswith("upernet") and self.micro_batch * distributed.world_size() == 1:
+        together = distributed.world_size() if self.device.type == "cuda" else 1  # see `nn.SyncBatchNorm` in `Trainer`
+        if name.startswith("upernet") and self.micro_batch * together == 1:
             raise ValueError("upernet has a BatchNorm on one position of each image, so it needs two images at a time")
 
     def _loss(self, x: list[Tensor], y: list[Target]) -> Tensor:
