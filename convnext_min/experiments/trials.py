@@ -223,7 +223,7 @@ EXPERIMENTS = {
         for name, changes in (("one rule", ()), ("truncated normal 0.02", ("init=paper",)))
     ],
     # Does GELU gain because units of ReLU die at the road's rate, 4e-3? Then it gains less at lower rates.
-    "gelu_and_lr": _at_lrs(("kernel7", "gelu"), (1e-3, 2e-3)),
+    "gelu_and_lr": _at_lrs(("kernel7", "gelu"), (1e-3, 2e-3, 8e-3)),
     "classic_lr": _at_lrs(ENDS, CLASSIC_LRS, ("epochs=5",), HOLDOUT, "road-classic"),
     # The other half of the comparison, with the small-run recipe, is in "road".
     "recipe_by_architecture": [Trial(f"{end}, road-classic", f"road:{end}", "road-classic") for end in ENDS],
