@@ -41,23 +41,34 @@ def test_tables_4_and_7_are_whole(counted):
     assert rows[0][4] == "–" and ("upernet", "xlarge", 2560, 640) in counted
 
 
-RECORDED = """trial,miou,steps
-"upernet, road:resnet50, from scratch",50.0,1200
-"fcn, convnext_atto, pretrained",30.0,900
-"upernet, road:resnet50, from scratch",54.0,1200
+RECORDED = """trial,miou,pixels,steps
+"upernet, road:resnet50, from scratch",54.0,80.0,1200
+"fcn, convnext_atto, pretrained",30.0,71.0,900
+"upernet, road:resnet50, from scratch",50.0,81.0,1200
+"fcn, convnext_atto, pretrained",31.0,70.0,900
 """
 
 
-def test_recorded_runs_are_shown_by_mean_and_spread_once_there_are_any(tmp_path, monkeypatch):
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Four recorded runs of a task that is called "made"."""
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    assert dense_figures.recorded("camvid", {"miou": "mIoU"}) is None
-    folder = tmp_path / "dense" / "camvid"
+    folder = tmp_path / "dense" / "made"
     folder.mkdir(parents=True)
     (folder / "runs.csv").write_text(RECORDED)
-    table = dense_figures.recorded("camvid", {"miou": "mIoU"})
-    assert table.rows == (
-        ("UperNet", "ResNet-50", "from scratch", "52.0 ± 2.8", "2", "1,200"),
-        ("plain head", "ConvNeXt", "pretrained", "30.0", "1", "900"),
+
+
+def test_recorded_runs_are_shown_by_their_means_and_one_by_one(runs):
+    assert dense_figures.recorded("made", {"miou": "mIoU", "pixels": "pixels"}).rows == (
+        ("UperNet", "ResNet-50", "from scratch", "50.0, 54.0", "52.0", "80.5", "1,200"),
+        ("plain head", "ConvNeXt", "pretrained", "30.0, 31.0", "30.5", "70.5", "900"),
+    )
+
+
+def test_a_clear_difference_is_larger_than_the_scatter_of_all_rows_explains(runs):
+    pooled = ((2 * 2**2 + 2 * 0.5**2) / 2) ** 0.5  # two degrees of freedom
+    assert dense_figures.clear_difference("made", "miou") == pytest.approx(
+        4.303 * pooled * (1 / 2 + 1 / 2) ** 0.5, 1e-3
     )
 
 

@@ -171,6 +171,16 @@ def test_variants_are_dots_with_lines_through_their_means(last_steps):
     assert lines[1:] == [pytest.approx(line) for line in ([57, 59, 65], [31], [71, 61, 60])]
 
 
+def test_gelu_is_compared_with_relu_at_each_rate(results_folder):
+    write_experiment(results_folder, "road", {"kernel7": [60, 62], "resnet50": [99, 99], "gelu": [63, 65]}, 100)
+    lower = {"kernel7, 0.002": [50, 50], "gelu, 0.002": [50, 50], "kernel7, 0.001": [44], "gelu, 0.001": [43]}
+    write_experiment(results_folder, "gelu_and_lr", lower, 100)
+    rows = road_figures.gelu_by_rate().rows
+    assert [row[0] for row in rows] == ["0.001", "0.002", "0.004"]
+    assert [row[4].split(" (")[0] for row in rows] == ["-1.0", "+0.0", "+3.0"]
+    assert rows[2][1:4] == ("2", "61.0\xa0±\xa01.4", "64.0\xa0±\xa01.4")
+
+
 def test_networks_with_the_small_data_recipe_have_their_own_rates(results_folder):
     steps, lrs = ("resnet50", "fewer_acts", "convnext"), (0.004, 0.008)
     logs = [

@@ -1,5 +1,7 @@
 """Figures and tables of the chapters on detection and segmentation."""
 
+import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.utils import draw_segmentation_masks
 
 from convnext_min import paper
-from convnext_min.book import results
+from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table, use_style
 from convnext_min.dense import flops
 from convnext_min.dense.datasets import DenseDataset
@@ -254,7 +256,7 @@ def outline(ax: Axes, mask: Tensor, colour: str) -> None:
 def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure:
     """Draw images (3, H, W) with the outlines of masks (n, H, W) in the colours of their verdicts (see `VERDICTS`)."""
     lines = -(-len(examples) // 2)
-    fig, axes = _grid(lines, 2, 3.1 * lines + 0.3)
+    fig, axes = _grid(lines, 2, 3.25 * lines + 0.3)
     for ax, (image, masks, verdicts) in zip((ax for line in axes for ax in line), examples):
         bright = image.float().quantile(0.999).clamp(min=1e-6)
         ax.imshow((image / bright).clamp(max=1).permute(1, 2, 0).numpy())
@@ -262,7 +264,7 @@ def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure
             if mask.any():
                 outline(ax, mask, VERDICTS[verdict])
         counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts]
-        ax.set_title(", ".join(counts), fontsize=9.5, fontweight="normal")
+        ax.set_title(textwrap.fill(", ".join(counts), 34), fontsize=9, fontweight="normal")
     handles = [Line2D([], [], color=colour, label=name) for name, colour in VERDICTS.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
@@ -386,23 +388,37 @@ NAMES = {  # in the names of trials
 }
 
 
-def recorded(task: str, metrics: dict[str, str]) -> Table | None:
-    """Return mean and spread of `metrics`, by name, over the runs recorded for `task`, or None if there are none.
+def _runs(task: str) -> dict[str, list[dict[str, str]]]:
+    """Return the runs recorded for `task` by trial; a trial is named "head, backbone, start"."""
+    runs: dict[str, list[dict[str, str]]] = {}
+    for run in results.rows(f"dense/{task}/runs.csv"):
+        runs.setdefault(run["trial"], []).append(run)
+    return runs
 
-    A trial is named "head, backbone, start".
+
+def recorded(task: str, metrics: dict[str, str]) -> Table:
+    """Return the means of `metrics`, by name, over the runs recorded for `task`, and every run's first metric.
+
+    The row with the highest mean of the first metric comes first.
     """
-    try:
-        runs = results.rows(f"dense/{task}/runs.csv")
-    except OSError:
-        return None
-    rows = []
-    for trial in dict.fromkeys(run["trial"] for run in runs):
-        own = [run for run in runs if run["trial"] == trial]
-        cells = []
-        for metric in metrics:
-            values = torch.tensor([float(run[metric]) for run in own])
-            cells.append(f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(own) > 1 else ""))
-        rows.append(
-            (*(NAMES.get(word, word) for word in trial.split(", ")), *cells, len(own), f"{int(own[0]['steps']):,}")
-        )
-    return table(("head", "backbone", "start", *metrics.values(), "seeds", "iterations"), rows) if rows else None
+    main, rows = next(iter(metrics)), []
+    by_score = sorted(_runs(task).items(), key=lambda item: -np.mean([float(run[main]) for run in item[1]]))
+    for trial, own in by_score:
+        values = {metric: sorted(float(run[metric]) for run in own) for metric in metrics}
+        means = [f"{sum(column) / len(column):.1f}" for column in values.values()]
+        each = ", ".join(f"{value:.1f}" for value in values[main])
+        names = (NAMES.get(word, word) for word in trial.split(", "))
+        rows.append((*names, each, *means, f"{int(own[0]['steps']):,}"))
+    first, *others = metrics.values()
+    return table(("head", "backbone", "start", f"{first} of each run", f"mean {first}", *others, "iterations"), rows)
+
+
+def clear_difference(task: str, metric: str) -> float:
+    """Return from how many points on two rows of `recorded` differ clearly: by more than other seeds would bring.
+
+    It is half of a 95% interval for the difference of two means, for all pairs of rows at once, with the scatter
+    between seeds pooled over all rows (see `analysis.difference`).
+    """
+    runs = {trial: np.array([[float(run[metric]) / 100] for run in own]) for trial, own in sorted(_runs(task).items())}
+    fewest = min(runs.values(), key=len)
+    return analysis.difference(fewest, fewest, analysis.scatter(runs), math.comb(len(runs), 2)).high

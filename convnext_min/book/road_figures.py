@@ -292,6 +292,27 @@ def last_changes() -> Table:
     return table(("points (95%, all at once)", *shown), rows)
 
 
+# ReLU against GELU
+
+
+def gelu_by_rate() -> Table:
+    """Return top-1 of "kernel 7", with ReLU, and of "ReLU to GELU" by learning rate; one of the rates is the road's.
+
+    The intervals come from the scatter between seeds, pooled over all runs of the table, and hold at once.
+    """
+    steps = ("kernel7", "gelu")
+    road, runs = analysis.correct("road"), analysis.correct("gelu_and_lr")
+    runs |= {f"{step}, {RECIPES['road'].lr:g}": road[step] for step in steps}
+    pooled = analysis.scatter(runs)
+    rates = sorted({float(trial.split(", ")[1]) for trial in runs})
+    rows = []
+    for rate in rates:
+        relu, gelu = (runs[f"{step}, {rate:g}"] for step in steps)
+        gain = analysis.difference(relu, gelu, pooled, len(rates))
+        rows.append((f"{rate:g}", len(relu), analysis.top1(relu), analysis.top1(gelu), gain))
+    return table(("learning rate", "seeds", "ReLU (%)", "GELU (%)", "points (95%, all at once)"), rows)
+
+
 # The small-data recipe on the road
 
 
