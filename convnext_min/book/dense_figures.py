@@ -329,7 +329,7 @@ VARIANTS = {  # backbones of the paper's tables that we have
 
 
 # Columns with our multiply-accumulates: of convolutions and linear layers alone, and with `flops.EXTRAS`.
-LAYERS, ALL = "layers (G)", "all (G)"
+LAYERS, ALL = "layers", "all"
 
 
 def _counted(head: str, backbone: str, size: tuple[int, int]) -> tuple[str, str, str]:
@@ -360,7 +360,7 @@ def detection_table() -> Table:
         for label, head, part in groups
         for row in part
     ]
-    metrics = [f"{kind} {metric}" for kind in ("box", "mask") for metric in ("AP", "AP50", "AP75")]
+    metrics = [f"{kind} {metric}" for kind in ("box", "mask") for metric in ("AP", "50", "75")]
     return table(("backbone", "detector", *metrics, "FPS", "GFLOPs", LAYERS, ALL), rows)
 
 
