@@ -328,17 +328,12 @@ VARIANTS = {  # backbones of the paper's tables that we have
 }
 
 
-# Columns with our multiply-accumulates: of convolutions and linear layers alone, and with `flops.EXTRAS`.
-LAYERS, ALL = "layers", "all"
-
-
-def _counted(head: str, backbone: str, size: tuple[int, int]) -> tuple[str, str, str]:
-    """Return `LAYERS`, `ALL` and millions of parameters for a row of the paper; dashes for a backbone that we lack."""
+def _counted(head: str, backbone: str, size: tuple[int, int]) -> tuple[str, str]:
+    """Return our GMACs and millions of parameters for a row of the paper, or dashes for a backbone that we lack."""
     if backbone not in VARIANTS:
-        return "–", "–", "–"
+        return "–", "–"
     parts, params = flops.cost(head, VARIANTS[backbone], *size)
-    both = sum(parts.values())
-    return f"{(both - parts[flops.EXTRAS]) / 1e9:.1f}", f"{both / 1e9:.1f}", f"{params / 1e6:.1f}"
+    return f"{sum(parts.values()) / 1e9:.1f}", f"{params / 1e6:.1f}"
 
 
 def detection_table() -> Table:
@@ -355,13 +350,13 @@ def detection_table() -> Table:
             *(f"{value:.1f}" for value in (*row.box, *row.mask)),
             f"{row.fps:.1f}",
             row.gflops,
-            *_counted(head, row.backbone, (1280, 800))[:2],
+            _counted(head, row.backbone, (1280, 800))[0],
         )
         for label, head, part in groups
         for row in part
     ]
     metrics = [f"{kind} {metric}" for kind in ("box", "mask") for metric in ("AP", "50", "75")]
-    return table(("backbone", "detector", *metrics, "FPS", "GFLOPs", LAYERS, ALL), rows)
+    return table(("backbone", "detector", *metrics, "FPS", "GFLOPs", "counted"), rows)
 
 
 def segmentation_table() -> Table:
@@ -370,12 +365,12 @@ def segmentation_table() -> Table:
     for label, part in (("1K", paper.TABLE4), ("22K", paper.TABLE4_22K)):
         for row in part:
             size = (2048, 512) if row.crop == 512 else (2560, 640)
-            *gmacs, params = _counted("upernet", row.backbone, size)
+            gmacs, params = _counted("upernet", row.backbone, size)
             single = f"{row.miou_single_scale:.1f}" if row.miou_single_scale else "–"
             scores = row.crop, f"{row.miou:.1f}", single
-            rows.append((row.backbone, label, *scores, row.gflops, *gmacs, row.params, params))
+            rows.append((row.backbone, label, *scores, row.gflops, gmacs, row.params, params))
     scores = "crop", "mIoU", "single-scale"
-    return table(("backbone", "trained on", *scores, "GFLOPs", LAYERS, ALL, "params (M)", "counted (M)"), rows)
+    return table(("backbone", "trained on", *scores, "GFLOPs", "counted (G)", "params (M)", "counted (M)"), rows)
 
 
 NAMES = {  # in the names of trials
