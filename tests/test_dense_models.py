@@ -5,11 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from convnext_min import STEPS, ConvNeXt, build
+from convnext_min import STEPS, ConvNeXt, build, convnext
+from convnext_min.dense import recipes
 from convnext_min.dense.cascade import cascade_mask_rcnn
 from convnext_min.dense.features import ConvNeXtFeatures, with_fpn
 from convnext_min.dense.mask_rcnn import mask_rcnn
+from convnext_min.dense.models import create_dense_model
 from convnext_min.dense.upernet import FCN, IGNORED, Segmenter, fcn, upernet
+from convnext_min.train.optim import create_optimizer
 
 SMALL = {"channels": 32, "hidden": 64, "anchor_scale": 2.0, "rois": 64, "min_size": (64,), "max_size": 128}
 DETECTORS = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade_mask_rcnn}
@@ -35,6 +38,18 @@ def target(*boxes: tuple[int, int, int, int], size: tuple[int, int] = (64, 64)) 
 
 def image(annotation: dict[str, torch.Tensor]) -> torch.Tensor:
     return annotation["masks"].amax(0).expand(3, -1, -1).float() if len(annotation["boxes"]) else torch.zeros(3, 64, 64)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(convnext) if name.startswith("convnext_")))
+def test_every_variant_is_a_backbone_of_every_head(name):
+    for task, heads in (("coco", DETECTORS), ("ade20k", SEGMENTERS)):
+        for head in heads:
+            recipe = recipes.get(task, head, name)
+            with torch.device("meta"):
+                model = create_dense_model(f"{head}:{name}", recipe, 7)
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            groups = create_optimizer(model, recipe).param_groups  # with layer-wise decay
+            assert sum(len(group["params"]) for group in groups) == len(trainable)
 
 
 @pytest.mark.parametrize("name", ["ConvNeXt", *STEPS])
