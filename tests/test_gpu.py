@@ -73,7 +73,7 @@ def test_detection_and_segmentation_train_on_a_gpu(head, tmp_path):
     sets = [datasets.shapes(split, instances=head != "upernet").part(0, 8) for split in ("train", "val")]
     _, scores = train_dense(f"{head}:convnext_atto", recipe, *sets, tmp_path)
     assert all(0 <= score <= 1 for score in scores.values())
-    assert "cuda" not in (tmp_path / "log.csv").read_text() and (tmp_path / "best.pt").exists()
+    assert (tmp_path / "best.pt").exists()
 
 
 @pytest.fixture

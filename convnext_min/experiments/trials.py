@@ -166,7 +166,7 @@ def _isotropic_at_lrs(settings: tuple[str, ...] = (), arguments: tuple[str, ...]
 BACKBONES = "book/results/backbone"  # the commands are for the repository's folder
 CONVNEXT = ("convnext_atto", (), f"{BACKBONES}/convnext_atto")
 RESNET = ("road:resnet50", ("width_multiplier=0.375",), f"{BACKBONES}/road-resnet50")
-DENSE_EPOCHS = {"mask_rcnn": 64, "cascade_mask_rcnn": 34, "upernet": 220, "fcn": 450}  # 45 to 50 minutes on two cores
+DENSE_EPOCHS = {"mask_rcnn": 64, "cascade_mask_rcnn": 34, "upernet": 220, "fcn": 450}  # 45 to 55 minutes on two cores
 
 
 def _dense(task: str, head: str, network: tuple[str, tuple, str], pretrained: bool = True) -> DenseTrial:
