@@ -156,12 +156,12 @@ def anchors(
     `sides` are those of the levels' square anchors, in pixels.
     """
     fig, ((left, right),) = _grid(1, 2, 3.7)
-    _show(left, image, f"anchors at one place: {sum(map(len, by_level))}×4")
+    _show(left, image, f"{sum(map(len, by_level))} anchors at one place")
     shift = torch.tensor([*centre, *centre])
     for boxes, colour in zip(by_level, LEVEL_COLOURS):
         for box in boxes:
             _frame(left, box + shift, colour)
-    _show(right, image, f"anchors that match an object: {sum(map(len, matched))}×4")
+    _show(right, image, f"{sum(map(len, matched))} anchors that match an object")
     for boxes, colour in zip(matched, LEVEL_COLOURS):
         for box in boxes:
             _frame(right, box, colour, linewidth=0.8)
@@ -236,10 +236,11 @@ def cascade(image: Tensor, truth: Tensor, boxes: Sequence[Tensor], ious: Sequenc
     left.set(xlim=(truth[0] - margin, truth[2] + margin), ylim=(truth[3] + margin, truth[1] - margin))
     _frame(left, truth, "white", linewidth=2.2, linestyle=":")
     edges = torch.linspace(0, 1, 21)
-    for name, box, values, colour in zip(names, boxes, ious, colours):
-        _frame(left, box, colour, linewidth=1.6)
+    widths = range(2 * len(names), 0, -2)  # so that lines that coincide stay visible
+    for name, box, values, colour, width in zip(names, boxes, ious, colours, widths):
+        _frame(left, box, colour, linewidth=0.8 * width)
         share = torch.stack([(values >= edge).float().mean() for edge in edges])
-        right.plot(edges, 100 * share, color=colour, label=name)
+        right.plot(edges, 100 * share, color=colour, linewidth=width, label=name)
     right.set(xlabel="IoU threshold", ylabel="boxes that reach it (%)", xlim=(0, 1), ylim=(0, None))
     right.legend()
     return fig
@@ -250,20 +251,21 @@ def outline(ax: Axes, mask: Tensor, colour: str) -> None:
     height, width = mask.shape
     padded = F.pad(mask.float(), (1, 1, 1, 1)).numpy()
     x, y = np.arange(-1, width + 1).clip(-0.5, width - 0.5), np.arange(-1, height + 1).clip(-0.5, height - 0.5)
-    ax.contour(x, y, padded, [0.5], colors=[colour], linewidths=1.1)
+    ax.contour(x, y, padded, [0.5], colors=[colour], linewidths=1.1).set_rasterized(True)
 
 
 def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure:
     """Draw images (3, H, W) with the outlines of masks (n, H, W) in the colours of their verdicts (see `VERDICTS`)."""
     lines = -(-len(examples) // 2)
     fig, axes = _grid(lines, 2, 3.25 * lines + 0.3)
+    fig.set_dpi(200)  # of the outlines, which as vectors would take hundreds of kilobytes
     for ax, (image, masks, verdicts) in zip((ax for line in axes for ax in line), examples):
         bright = image.float().quantile(0.999).clamp(min=1e-6)
         ax.imshow((image / bright).clamp(max=1).permute(1, 2, 0).numpy())
-        for mask, verdict in zip(masks, verdicts):
-            if mask.any():
-                outline(ax, mask, VERDICTS[verdict])
-        counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts]
+        lines = [(verdict, mask) for verdict, mask in zip(verdicts, masks) if mask.any()]
+        for verdict, mask in sorted(lines, key=lambda line: line[0] == "found"):  # those on top
+            outline(ax, mask, VERDICTS[verdict])
+        counts = [f"{verdicts.count(verdict)}\xa0{verdict}" for verdict in VERDICTS if verdict in verdicts]
         ax.set_title(textwrap.fill(", ".join(counts), 34), fontsize=9, fontweight="normal")
     handles = [Line2D([], [], color=colour, label=name) for name, colour in VERDICTS.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -276,7 +278,7 @@ def mistakes(examples: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Figure
 def predictions(
     examples: Sequence[tuple[Tensor, Tensor, Tensor]], classes: Sequence[str], photos: bool = True
 ) -> Figure:
-    """Draw a row per example: its labels, the predicted labels, and the wrong pixels in orange.
+    """Draw a row per example: its labels, the predicted labels, and the wrong pixels in black.
 
     With `photos`, the row starts with the image (3, H, W), which also lies faintly below the wrong pixels.
     """
@@ -288,9 +290,9 @@ def predictions(
         line[-3].imshow(coloured(labels, len(classes)))
         line[-2].imshow(coloured(found, len(classes)))
         wrong = (found != labels) & (labels != IGNORED)
-        gray = image.float().mean(0) / image.max() if photos else torch.full(labels.shape, 0.7)
+        gray = image.float().mean(0) / image.max() if photos else torch.ones(labels.shape)
         shown = (0.6 + 0.4 * gray)[..., None].repeat(1, 1, 3)
-        shown[wrong] = torch.tensor([0.84, 0.37, 0.0])
+        shown[wrong] = 0.0
         line[-1].imshow(shown.clamp(0, 1).numpy())
         share = wrong.sum() / (labels != IGNORED).sum()
         line[-1].set_title(f"{share:.0%} wrong", fontsize=9.5, fontweight="normal")
