@@ -141,6 +141,8 @@ def test_an_annotation_of_coco_that_cannot_be_used_is_left_out(coco, values, sai
         (lambda content: content["images"][0].pop("width"), "image 7 has no width"),
         (lambda content: content["categories"][0].pop("name"), "category 3 has no name"),
         (lambda content: content["categories"].clear(), "lists no category"),
+        (lambda content: content["annotations"][1].update(id=1), "has 2 annotations with the id 1;"),
+        (lambda content: content["images"].append(content["images"][0]), "has 2 images with the id 7;"),
     ],
 )
 def test_lists_of_coco_that_are_incomplete_are_refused(coco, change, said):

@@ -19,6 +19,13 @@ from convnext_min.dense.upernet import IGNORED
 DETR_SIZES, DETR_CROP = (400, 500, 600), (384, 600)  # shorter sides before the crop; range of its sides
 
 
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's random brightness, contrast, saturation and hue, without its permutation of the colour channels."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
+
+
 def augment_instances(image: Tensor, target: Target, recipe: DenseRecipe) -> tuple[Tensor, Target]:
     """Flip an image at random, and with `resize_and_crop` crop half of the images, as in DETR.
 
@@ -50,16 +57,18 @@ def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 def augment_semantic(image: Tensor, target: Target, recipe: DenseRecipe) -> tuple[Tensor, Target]:
     """Resize at random, crop a square, flip and change the colours, as MMSegmentation does for ADE20K.
 
-    An image smaller than the crop is padded with black, and the loss ignores the padding. (MMSegmentation also rejects
-    crops that are mostly of one class.)
+    An image smaller than the crop is padded with black, and the loss ignores the padding. With the recipe's
+    `photometric` "torchvision", the hue changes half as much, and the colour channels of some images are permuted.
+    (MMSegmentation also rejects crops that are mostly of one class, and adds to the brightness where this multiplies.)
     """
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+    as_torchvision = recipe.photometric == "torchvision"
     transform = v2.Compose(
         [
             v2.RandomShortestSize(recipe.min_size[:-1] or recipe.min_size, recipe.max_size),
             v2.RandomCrop(recipe.crop, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
-            v2.RandomPhotometricDistort(),
+            v2.RandomPhotometricDistort() if as_torchvision else PhotometricDistort(hue=(-0.1, 0.1)),
         ]
     )
     return plain(*transform(image, target))

@@ -26,7 +26,8 @@ class CascadeRoIHeads(nn.Module):
     """Several `RoIHeads` in a row, in place of one: features and proposals to detections or losses.
 
     In training each stage samples its boxes by its own threshold of the IoU, and passes them on after moving them. In
-    eval mode scores and masks are means over the stages, and the boxes are those of the last stage.
+    eval mode scores and masks are means over the stages, and the boxes are those of the last stage. (The scores are
+    means of probabilities; MMDetection averages the logits instead.)
     """
 
     def __init__(self, stages: list[RoIHeads]):

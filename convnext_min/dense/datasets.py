@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,8 +62,8 @@ class DenseDataset(Dataset):
     """Images with annotations, read on demand: item i is (image uint8 (3, H, W), target).
 
     With `instances` the target has boxes (n, 4) as x0, y0, x1, y1, labels (n,) from 1 on, masks (n, H, W) and iscrowd
-    (n,); else labels (H, W), where `IGNORED` belongs to no class. `read` gives both for an example; `transform`, if
-    set, changes both. `source` describes the images in one line; `problems` are annotations that were left out.
+    (n,); else labels (H, W), where `IGNORED` belongs to no class. `read` gives both for an example. `source` describes
+    the images in one line; `problems` are annotations that were left out.
     """
 
     def __init__(
@@ -78,14 +79,12 @@ class DenseDataset(Dataset):
             raise ValueError(list_problems(f"no valid images in {source}", list(problems)))
         self.examples, self.read, self.classes, self.instances = examples, read, classes, instances
         self.source, self.problems = f"{source}, {len(examples):,} images", list(problems)
-        self.transform: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        image, target = self.read(self.examples[index])
-        return self.transform(image, target) if self.transform else (image, target)
+        return self.read(self.examples[index])
 
     def part(self, start: int, stop: int | None = None, step: int = 1) -> "DenseDataset":
         """Return the data set of the images with these numbers, as in a slice."""
@@ -198,6 +197,7 @@ def nuclei(split: str, root: Path | str | None = None) -> DenseDataset:
         return shapes(split)
     examples, problems = _paired(folder / "images", folder / "labels", ".png")
     chosen = [e for i, e in enumerate(examples) if (i % 5 == 4) == (split == "val")]
+    problems = problems if split == "train" else []  # of the folder, which both splits share
     return DenseDataset(chosen, read_instance_map, ("nucleus",), f"nuclei {split}", True, problems)
 
 
@@ -272,7 +272,11 @@ def _coco_index(path: Path) -> COCO:
 
 
 def _check_lists(path: Path, index: COCO) -> None:
-    """Raise ValueError, naming the file, if its images or categories are missing or incomplete."""
+    """Raise ValueError, naming the file, if its images or categories are missing or incomplete, or ids are repeated."""
+    for name in ("images", "categories", "annotations"):
+        for number, times in Counter(entry["id"] for entry in index.dataset.get(name, ())).most_common(1):
+            if times > 1:
+                raise ValueError(f"{path} has {times} {name} with the id {number}; every id may occur once")
     lists = {"image": (index.imgs, ("file_name", "width", "height")), "category": (index.cats, ("name",))}
     for kind, (entries, needed) in lists.items():
         if not entries:
@@ -314,19 +318,20 @@ class CocoReader:
 
     def __call__(self, example: Example) -> tuple[Tensor, Target]:
         image = read_image(example.image)
-        masks, boxes, labels, crowds = torch.zeros(0, *image.shape[1:], dtype=torch.uint8), [], [], []
+        masks, boxes, labels, crowds = [], [], [], []
         for annotation in example.label:
-            mask = torch.from_numpy(self._mask(annotation, example.image))[None]
-            if mask.shape[1:] != image.shape[1:]:
-                listed, real = ("x".join(map(str, reversed(x.shape[1:]))) for x in (mask, image))
+            mask = torch.from_numpy(self._mask(annotation, example.image))
+            if mask.shape != image.shape[1:]:
+                listed, real = ("x".join(map(str, reversed(x.shape[-2:]))) for x in (mask, image))
                 raise ValueError(f"{example.image} has {real} pixels, but its masks have {listed}")
             if mask.any():
-                masks = torch.cat([masks, mask])
+                masks.append(mask)
                 boxes.append(annotation["bbox"])
                 labels.append(self.categories[annotation["category_id"]])
                 crowds.append(annotation.get("iscrowd", 0))
         numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, crowds))
         boxes = box_convert(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), "xywh", "xyxy")
+        masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
         return image, instances_target(masks, *numbers, boxes)
 
     def _mask(self, annotation: dict, image: str) -> np.ndarray:

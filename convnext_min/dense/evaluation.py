@@ -89,7 +89,10 @@ class Scores:
             self.metric.update(found["labels"][None], target["labels"][None])
 
     def compute(self) -> dict[str, float]:
-        """Return the values in 0..1; a class that neither occurs nor is predicted does not count."""
+        """Return the values in 0..1: means over the classes.
+
+        Average precision leaves out a class without objects, mIoU one that neither occurs nor is predicted.
+        """
         if self.instances:  # torchmetrics gathers image by image: processes with fewer images would hang
             for name, mine in self.metric.metric_state.items():
                 setattr(self.metric, name, list(chain.from_iterable(distributed.all_gather_object(mine))))

@@ -2,7 +2,8 @@
 
 Details that stay torchvision's: the box losses are smooth L1 (beta 1/9), not L1; RoIAlign reads 2x2 points per bin
 without `aligned`, not an adaptive number of points; the best anchor of an object matches it at any IoU, not from 0.3;
-the box head takes no match below 0.5; and PyTorch's initial weights in the heads' last layers.
+anchors lie at the size of the image over that of the level, rounded down, which can be less than the level's stride;
+and PyTorch's initial weights in the heads' last layers.
 """
 
 from torch import Tensor

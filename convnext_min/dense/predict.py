@@ -1,6 +1,7 @@
 """Find objects or classes in your own images: `python -m convnext_min.dense.predict --checkpoint FILE image.jpg ...`.
 
-Each image is written again with the predictions drawn into it: masks, boxes and scores, or a colour per class.
+Each image is written again with the predictions drawn into it: masks, boxes and scores, or a colour per class. A large
+image is drawn at twice the size at which the network was tested.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL.ImageColor import getrgb
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm.auto import tqdm
 
@@ -87,6 +88,13 @@ def describe(found: Target, classes: tuple[str, ...], threshold: float = 0.5) ->
     return ", ".join(f"{shares[i]:.0%} {classes[i]}" for i in shares.argsort(descending=True) if shares[i] >= 0.005)
 
 
+def shrink(image: Tensor, side: int) -> Tensor:
+    """Return an image (3, H, W) whose shorter side has at most `side` pixels: masks take memory for every pixel."""
+    height, width = image.shape[1:]
+    factor = min(1.0, side / min(height, width))
+    return resize(image, [round(height * factor), round(width * factor)]) if factor < 1 else image
+
+
 def _names(folder: Path, stem: str) -> Iterator[Path]:
     """Yield names for the drawing of an image: <stem>.png, then <stem>-2.png and so on."""
     yield folder / f"{stem}.png"
@@ -118,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             failures += 1
             tqdm.write(printable(f"error: {error}"), file=sys.stderr)
             continue
+        image = shrink(image, 2 * state["recipe"].min_size[-1])
         found = predict(model, image.to(device).float() / 255, state["recipe"])
         found = {key: value.cpu() for key, value in found.items()}
         drawing = next(name for name in _names(Path(args.output), Path(path).stem) if name.resolve() not in taken)

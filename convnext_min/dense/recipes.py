@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from convnext_min.recipes import POSITIVE, SIDE, Range, Recipe, field, list_values, parse_settings
+from convnext_min.recipes import POSITIVE, SIDE, Range, Recipe, field, list_values, one_of, parse_settings
 
 HEADS = ("mask_rcnn", "cascade_mask_rcnn", "upernet", "fcn")  # two for detection, two for segmentation
 HEADS_OF = {"coco": HEADS[:2], "ade20k": HEADS[2:], "nuclei": HEADS[:2], "camvid": HEADS[2:], "shapes": HEADS}
@@ -42,11 +42,13 @@ class DenseRecipe(Recipe):
     milestones: tuple[float, ...] = ()  # fractions of the run; it drops to a tenth after each. (): linear to 0
 
     # Images
-    min_size: tuple[int, ...] = field((800,), SIDES)  # shorter side: one of these in training, the last in evaluation
+    # Shorter side: the last in evaluation; one of these in training, in segmentation without the last if there are more
+    min_size: tuple[int, ...] = field((800,), SIDES)
     max_size: int = field(1333, SIDE)  # limit of the longer side; images above it are scaled down
     resize_and_crop: bool = False  # detection: half of the images are cropped first, as in DETR
     vertical_flip: bool = False  # detection: besides the horizontal one
     crop: int = field(512, SIDE)  # segmentation: side of a random crop
+    photometric: str = field("mmseg", one_of("mmseg", "torchvision"))  # segmentation: whose random colours
     test_scales: tuple[float, ...] = field((1.0,), SCALES)  # segmentation: predictions at these sizes are averaged
     test_flip: bool = False  # segmentation: also averaged with predictions for the mirror image
     window: int = field(0, WINDOW)  # segmentation: side of a sliding window in evaluation; 0: whole images
@@ -138,6 +140,7 @@ RECIPES = {
         base_batch=8,
         min_size=(135, 180, 225, 270, 180),
         crop=160,
+        photometric="torchvision",
         channels=96,
         base_lr=2e-3,
     ),
@@ -217,6 +220,7 @@ SOURCES = {  # field: where the recipes for COCO and ADE20K take it from; None: 
     "resize_and_crop": (RELEASED, None),
     "vertical_flip": (RELEASED, None),
     "crop": (None, "Table 4"),
+    "photometric": (None, BEIT),
     "test_scales": (None, "Table 4: multi-scale, MMSegmentation"),
     "test_flip": (None, "Table 4: multi-scale, MMSegmentation"),
     "window": (None, RELEASED),

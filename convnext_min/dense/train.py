@@ -40,6 +40,7 @@ from convnext_min.train.loop import (
     summarize,
 )
 from convnext_min.train.trainer import RunConfig, Trainer
+from convnext_min.weights import find
 
 CHECKED_IMAGES = 200  # of each split, before a run; `convnext_min.dense.datasets` checks all
 
@@ -143,7 +144,10 @@ def evaluation_seconds(trainer: DenseTrainer, val_set: DenseDataset, workers: in
 
 
 def read_data(task: str, head: str, root: str | None) -> tuple[DenseDataset, DenseDataset]:
-    """Return the images to train on and to validate with. Raises ValueError for a head that does not fit them."""
+    """Return the images to train on and to validate with.
+
+    Raises ValueError for a head that does not fit them, and if the two have different classes.
+    """
     read = DATASETS[task]
     if task == "shapes":
         train_set, val_set = (shapes(split, instances=head in DETECTORS) for split in ("train", "val"))
@@ -152,6 +156,12 @@ def read_data(task: str, head: str, root: str | None) -> tuple[DenseDataset, Den
     if train_set.instances != (head in DETECTORS):
         kind = "objects" if train_set.instances else "classes of pixels"
         raise ValueError(f"{task} has {kind}: {head} is not for them")
+    if train_set.classes != val_set.classes:  # the same number would mean another class
+        names = ", ".join(sorted(set(train_set.classes) ^ set(val_set.classes))) or "their order"
+        raise ValueError(
+            f"{train_set.source} and {val_set.source} must list the same classes, even those without objects; they "
+            f"differ in {names}"
+        )
     return train_set, val_set
 
 
@@ -232,6 +242,8 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     name = f"{args.head}:{args.backbone}"
     with torch.device("meta"):
         create_dense_model(name, recipe, 1)  # show errors now, not after the images are checked
+    if args.pretrained:
+        find(args.backbone, args.pretrained)
     train_set, val_set = read_data(args.task, args.head, args.data)
     check_data(train_set, val_set)
     if args.dry_run:
