@@ -313,8 +313,8 @@ RECIPES = {
         loader="disk",
     ),
     # For every step of the road, at a quarter of its width. The paper's optimizer, schedule and label smoothing; no
-    # EMA, as on the paper's road. The learning rate is the best on average for ResNet-50, GELU and ConvNeXt on
-    # held-out images (book/results/convnext_init/lr_sweep).
+    # EMA, as on the paper's road. The learning rate was better than half of it, on average over ResNet-50, GELU and
+    # ConvNeXt on held-out images (book/results/convnext_init/lr_sweep).
     # Results: book/results/road
     "road": _ROAD,
     # The same length with ResNet-50's classic recipe: SGD with momentum, a stepped learning rate, crops and flips.

@@ -158,10 +158,11 @@ def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
 
 
 def test_the_last_changes_are_between_networks_of_the_same_variant(last_steps):
-    layer_norm, convnext = road_figures.last_changes().rows
-    assert layer_norm[0] == "BN to LN" and convnext[0] == "separate downsampling"
+    layer_norm, convnext, both = road_figures.last_changes().rows
+    assert [layer_norm[0], convnext[0], both[0]] == ["BN to LN", "separate downsampling", "both"]
     assert [cell.split(" (")[0] for cell in layer_norm[1:]] == ["+1.0", "-10.0", "+2.0"]
     assert [cell.split(" (")[0] for cell in convnext[1:]] == ["+1.0", "-1.0", "+6.0"]
+    assert [cell.split(" (")[0] for cell in both[1:]] == ["+2.0", "-11.0", "+8.0"]
 
 
 def test_variants_are_dots_with_lines_through_their_means(last_steps):

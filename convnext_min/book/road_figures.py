@@ -272,7 +272,8 @@ def variants_table(*variants: str) -> Table:
         before, after = found[ON_ROAD][step], found[variant][step]
         name = f"{variant}, {rates[step]:g}" if variant == OWN_RATE else variant
         change = analysis.difference(before, after, _pooled(found), len(pairs))
-        rows.append((_label(step), analysis.top1(before), name, analysis.top1(after), len(after), change))
+        seeds = str(len(after)) if len(after) == len(before) else f"{len(before)}, {len(after)}"
+        rows.append((_label(step), analysis.top1(before), name, analysis.top1(after), seeds, change))
     header = ("step", f"{ON_ROAD} (%)", "variant", "top-1 (%)", "seeds", "change (95%, all rows)")
     return table(header, rows)
 
@@ -280,15 +281,16 @@ def variants_table(*variants: str) -> Table:
 def last_changes() -> Table:
     """Return the change of top-1 at the last two steps as on the road, at own learning rates and with fan-in weights.
 
-    The intervals hold for all six at once. They come from the scatter between seeds, pooled over all variants.
+    The last row has both steps together. The intervals hold for all nine at once. They come from the scatter between
+    seeds, pooled over all variants.
     """
     found, shown = _variants(), (ON_ROAD, OWN_RATE, "fan-in")
-    steps = LAST_STEPS[-2:]
+    *_, before, middle, after = COMPARED
+    changes = {_label(middle): (before, middle), _label(after): (middle, after), "both": (before, after)}
     rows = []
-    for step in steps:
-        pairs = [(found[variant][PREVIOUS[step]], found[variant][step]) for variant in shown]
-        changes = [analysis.difference(*pair, _pooled(found), len(steps) * len(shown)) for pair in pairs]
-        rows.append((_label(step), *changes))
+    for label, (first, second) in changes.items():
+        pairs = [(found[variant][first], found[variant][second]) for variant in shown]
+        rows.append((label, *(analysis.difference(*pair, _pooled(found), len(changes) * len(shown)) for pair in pairs)))
     return table(("points (95%, all at once)", *shown), rows)
 
 
