@@ -26,6 +26,7 @@ from convnext_min.dense.upernet import IGNORED
 LEVEL_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE)  # of P2..P6
 VERDICTS = {"found": BLUE, "missed": ORANGE, "double": GREEN, "false": RED, "merged": PURPLE}
 NO_CLASS = "#d9d9d9"
+HYPHEN = "\N{NON-BREAKING HYPHEN}"  # keeps a name on one line of a narrow table
 
 Map = tuple[str, Tensor]  # a name and one level (C, H, W)
 Arrow = tuple[tuple[int, int], tuple[int, int]]  # from (row, column) to (row, column)
@@ -236,9 +237,9 @@ def cascade(image: Tensor, truth: Tensor, boxes: Sequence[Tensor], ious: Sequenc
     left.set(xlim=(truth[0] - margin, truth[2] + margin), ylim=(truth[3] + margin, truth[1] - margin))
     _frame(left, truth, "white", linewidth=2.2, linestyle=":")
     edges = torch.linspace(0, 1, 21)
-    widths = range(2 * len(names), 0, -2)  # so that lines that coincide stay visible
+    widths = (4.5, 3.2, 2.1, 1.0)  # so that lines that coincide stay visible
     for name, box, values, colour, width in zip(names, boxes, ious, colours, widths):
-        _frame(left, box, colour, linewidth=0.8 * width)
+        _frame(left, box, colour, linewidth=width)
         share = torch.stack([(values >= edge).float().mean() for edge in edges])
         right.plot(edges, 100 * share, color=colour, linewidth=width, label=name)
     right.set(xlabel="IoU threshold", ylabel="boxes that reach it (%)", xlim=(0, 1), ylim=(0, None))
@@ -347,7 +348,7 @@ def detection_table() -> Table:
     )
     rows = [
         (
-            row.backbone,
+            row.backbone.replace("-", HYPHEN),
             label,
             *(f"{value:.1f}" for value in (*row.box, *row.mask)),
             f"{row.fps:.1f}",
@@ -370,7 +371,7 @@ def segmentation_table() -> Table:
             gmacs, params = _counted("upernet", row.backbone, size)
             single = f"{row.miou_single_scale:.1f}" if row.miou_single_scale else "–"
             scores = row.crop, f"{row.miou:.1f}", single
-            rows.append((row.backbone, label, *scores, row.gflops, gmacs, row.params, params))
+            rows.append((row.backbone.replace("-", HYPHEN), label, *scores, row.gflops, gmacs, row.params, params))
     scores = "crop", "mIoU", "single-scale"
     return table(("backbone", "trained on", *scores, "GFLOPs", "counted (G)", "params (M)", "counted (M)"), rows)
 

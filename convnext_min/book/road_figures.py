@@ -12,7 +12,7 @@ from convnext_min.book.result_figures import by_value, curves
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Table, figure, table
 from convnext_min.experiments.trials import LAST_STEPS, SMALL_RECIPE_STEPS
 from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import PREVIOUS, STEPS
+from convnext_min.roadmap import STEPS
 
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
 NETWORKS = {  # of data_and_length
