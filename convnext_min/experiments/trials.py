@@ -217,6 +217,7 @@ EXPERIMENTS = {
     ],
     "road_lr": _at_lrs(STEPS, ROAD_LRS, ("epochs=5",), HOLDOUT),
     "road_tuned": _at_lrs(STEPS, ROAD_LRS),  # `--trials` takes each step at the best rate of road_lr
+    "road_tuned_fan_in": _at_lrs(LAST_STEPS, ROAD_LRS, ("init=fan_in",)),  # the same, with both changes at once
     "road_width": [
         Trial(f"{step}, {name}", f"road:{step}", "road", ("width_multiplier=0.5", *changes))
         for step in ENDS
