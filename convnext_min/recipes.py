@@ -315,7 +315,7 @@ RECIPES = {
     # For every step of the road, at a quarter of its width. The paper's optimizer, schedule and label smoothing; no
     # EMA, as on the paper's road. The learning rate was better than half of it, on average over ResNet-50, GELU and
     # ConvNeXt on held-out images (book/results/convnext_init/lr_sweep).
-    # Results: book/results/road
+    # Results: book/results/road; the best rate of each step: book/results/road_lr
     "road": _ROAD,
     # The same length with ResNet-50's classic recipe: SGD with momentum, a stepped learning rate, crops and flips.
     "road-classic": replace(

@@ -119,12 +119,12 @@ def test_both_recipes_are_compared_on_both_networks(results_folder):
 
 
 def test_learning_rates_have_a_line_per_network(results_folder):
-    write_experiment(
-        results_folder, "road_lr", {"resnet50, 0.004": [70], "resnet50, 0.002": [60], "gelu, 0.001": [10]}, 100
-    )
+    losses = {"resnet50, 0.004": 1.1, "resnet50, 0.002": 1.3, "gelu, 0.001": 2.0}
+    logs = [{"trial": t, "seed": 0, "epoch": e, "val_loss": loss / e} for t, loss in losses.items() for e in (1, 2)]
+    write_csv(results_folder / "road_lr" / "curves.csv", logs)
     (ax,) = road_figures.learning_rates().axes
     line, road = ax.lines
-    assert list(line.get_xdata()) == [0.002, 0.004] and list(line.get_ydata()) == [60, 70]
+    assert list(line.get_xdata()) == [0.002, 0.004] and list(line.get_ydata()) == pytest.approx([0.65, 0.55])
     assert road.get_xdata()[0] == 0.004
 
 
@@ -139,13 +139,61 @@ def last_steps(results_folder):
     write_experiment(results_folder, "road", {step: [50 + i, 52 + i] for i, step in enumerate(steps)}, 100)
     tuned = {"fewer_norms, 0.002": [70, 72], "layer_norm, 0.002": [60, 62], "convnext, 0.002": [59, 61]}
     write_experiment(results_folder, "road_tuned", tuned, 100)
+    both = {"fewer_norms, 0.002": [71, 73], "layer_norm, 0.002": [64, 66], "convnext, 0.002": [64, 64]}
+    write_experiment(results_folder, "road_tuned_fan_in", both, 100)
+    narrow = {"fewer_norms": [54, 56], "layer_norm": [44, 46], "convnext": [30, 32]}
     inits = {"fewer_norms, fan-in": [57], "layer_norm, fan-in": [58, 60], "convnext, fan-in": [64, 66]}
-    write_experiment(results_folder, "road_init", inits | {"convnext, truncated normal 0.02": [30, 32]}, 100)
+    write_experiment(
+        results_folder,
+        "road_init",
+        inits | {f"{step}, truncated normal 0.02": right for step, right in narrow.items()},
+        100,
+    )
 
 
 def test_the_rate_of_a_step_is_the_one_with_the_lowest_final_held_out_loss(last_steps):
     best = {"fewer_acts": 0.004, "layer_norm": 0.002, "fewer_norms": 0.002, "convnext": 0.002}
     assert road_figures.best_rates() == best
+
+
+def test_rates_are_listed_with_their_loss_in_the_order_of_the_road(last_steps):
+    header, rows = road_figures.rates_table().header, road_figures.rates_table().rows
+    assert header[1:4] == ("0.001", "0.002", "0.004")
+    assert [row[0] for row in rows] == ["fewer activations", "fewer norms", "BN to LN", "separate downsampling"]
+    assert rows[2] == ("BN to LN", "0.850", "0.750", "1.000", "0.002") and rows[0][1:4] == ("", "", "1.500")
+
+
+@pytest.fixture
+def own_rates(results_folder):
+    """Three steps whose best rate is the road's, another, and another without runs."""
+    best = {"move_up": 0.004, "kernel5": 0.004, "kernel7": 0.008, "gelu": 0.004, "fewer_acts": 0.002}
+    losses = {f"{step}, {lr:g}": 1 + (lr != best[step]) for step in best for lr in (0.002, 0.004, 0.008)}
+    logs = [{"trial": trial, "seed": 0, "epoch": 1, "val_loss": loss} for trial, loss in losses.items()]
+    write_csv(results_folder / "road_lr" / "curves.csv", logs)
+    write_experiment(results_folder, "road", {step: [50 + i, 52 + i] for i, step in enumerate(best)}, 100)
+    write_experiment(results_folder, "gelu_and_lr", {"kernel7, 0.008": [70, 72], "kernel7, 0.002": [10, 12]}, 100)
+    write_experiment(results_folder, "road_tuned", {"gelu, 0.008": [90, 90]}, 100)
+
+
+def test_changes_at_own_rates_are_between_networks_at_their_best_rates(own_rates):
+    rows = road_figures.changes_at_own_rates().rows
+    assert [row[:3] for row in rows] == [
+        ("move up depthwise", "0.004", "51.0\xa0±\xa01.4"),
+        ("kernel 5", "0.004", "52.0\xa0±\xa01.4"),
+        ("kernel 7", "0.008", "71.0\xa0±\xa01.4"),
+        ("ReLU to GELU", "0.004", "54.0\xa0±\xa01.4"),
+    ]
+    assert [[cell.split(" (")[0] for cell in row[4:]] for row in rows] == [
+        ["", "", "-0.72"],
+        ["+1.0", "+1.0", "+0.43"],
+        ["+19.0", "+1.0", "+0.22"],
+        ["-17.0", "+1.0", "+0.05"],
+    ]
+    assert [row[3] for row in rows] == ["2"] * 4
+
+
+def test_a_step_without_runs_at_its_best_rate_is_left_out(own_rates):
+    assert "fewer_acts" in road_figures.best_rates() and "fewer_acts" not in road_figures.at_own_rates()
 
 
 def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
@@ -158,18 +206,23 @@ def test_the_last_steps_are_compared_with_the_same_step_on_the_road(last_steps):
 
 
 def test_the_last_changes_are_between_networks_of_the_same_variant(last_steps):
-    layer_norm, convnext, both = road_figures.last_changes().rows
-    assert [layer_norm[0], convnext[0], both[0]] == ["BN to LN", "separate downsampling", "both"]
-    assert [cell.split(" (")[0] for cell in layer_norm[1:]] == ["+1.0", "-10.0", "+2.0"]
-    assert [cell.split(" (")[0] for cell in convnext[1:]] == ["+1.0", "-1.0", "+6.0"]
-    assert [cell.split(" (")[0] for cell in both[1:]] == ["+2.0", "-11.0", "+8.0"]
+    header, rows = road_figures.last_changes().header, road_figures.last_changes().rows
+    assert header[1:] == ("BN to LN", "separate downsampling", "both steps")
+    assert [row[0] for row in rows] == list(road_figures.VARIANTS)
+    assert [[cell.split(" (")[0] for cell in row[1:]] for row in rows] == [
+        ["+1.0", "+1.0", "+2.0"],
+        ["+2.0", "+6.0", "+8.0"],
+        ["-10.0", "-14.0", "-24.0"],
+        ["-10.0", "-1.0", "-11.0"],
+        ["-7.0", "-1.0", "-8.0"],
+    ]
 
 
 def test_variants_are_dots_with_lines_through_their_means(last_steps):
     ax = road_figures.variants().axes[0]
     lines = [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "-"]
     assert lines[0] == pytest.approx([52, 53, 54, 55])  # as on the road, without ResNet-50
-    assert lines[1:] == [pytest.approx(line) for line in ([57, 59, 65], [31], [71, 61, 60])]
+    assert lines[1:] == [pytest.approx(line) for line in ([57, 59, 65], [55, 45, 31], [71, 61, 60], [72, 65, 64])]
 
 
 def test_gelu_is_compared_with_relu_at_each_rate(results_folder):

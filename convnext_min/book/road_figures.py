@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 
 from convnext_min import paper
 from convnext_min.book import analysis, results
-from convnext_min.book.result_figures import by_value, curves
+from convnext_min.book.result_figures import curves
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Table, figure, table
 from convnext_min.experiments.trials import LAST_STEPS, SMALL_RECIPE_STEPS
 from convnext_min.recipes import RECIPES
-from convnext_min.roadmap import STEPS
+from convnext_min.roadmap import PREVIOUS, STEPS
 
 ENDS = {"resnet50": ("ResNet-50", ORANGE), "convnext": ("ConvNeXt", BLUE)}
 NETWORKS = {  # of data_and_length
@@ -147,38 +147,86 @@ def fraction_curves(fractions: Sequence[tuple[str, float]]) -> Figure:
 RECIPE_NAMES = {"road-classic": "classic recipe", "road": "small-run recipe"}
 SWEPT = {  # steps of the road in the figure of learning rates
     "resnet50": ("ResNet-50", ORANGE, "o"),
-    "fewer_norms": ("fewer norms", GREEN, "s"),
+    "inverted": ("inverted bottleneck", GREY, "v"),
+    "fewer_acts": ("fewer activations", GREEN, "s"),
     "layer_norm": ("BN to LN", PURPLE, "^"),
     "convnext": ("ConvNeXt", BLUE, "D"),
 }
 
 
 def learning_rates() -> Figure:
-    """Plot held-out top-1 over the peak learning rate (road_lr): a line per network, the road's rate dashed."""
-    fig, ax = figure(3.0)
-    found = by_value("road_lr")
-    for slug, (label, color, marker) in SWEPT.items():
-        if slug in found:
-            lrs = sorted(found[slug])
-            heights = [analysis.top1(found[slug][lr]).mean for lr in lrs]
-            ax.plot(lrs, heights, marker=marker, markersize=5, color=color, label=label)
+    """Plot the held-out loss over the peak learning rate (road_lr): a line per network, the road's rate dashed."""
+    fig, ax = figure(3.2)
+    losses = held_out_losses()
+    for step, (label, color, marker) in SWEPT.items():
+        if step in losses:
+            rates = sorted(losses[step])
+            by_rate = [losses[step][rate] for rate in rates]
+            ax.plot(rates, by_rate, marker=marker, markersize=5, color=color, label=label)
     ax.axvline(RECIPES["road"].lr, color=GREY, linewidth=0.8, linestyle="--")
-    ax.set(xscale="log", xlabel="learning rate for 64 images", ylabel="held-out top-1 (%)")
-    ax.set_xticks(sorted({lr for by_rate in found.values() for lr in by_rate}))
+    ax.set(xscale="log", xlabel="learning rate for 64 images", ylabel="held-out loss")
+    ax.set_xticks(sorted({rate for by_rate in losses.values() for rate in by_rate}))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.margins(x=0.08)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
-def best_rates(experiment: str = "road_lr") -> dict[str, float]:
-    """Return the learning rate with the lowest held-out loss of each step of the road in a sweep of rates."""
+def held_out_losses(experiment: str = "road_lr") -> dict[str, dict[float, float]]:
+    """Return the held-out loss of each step of the road at each learning rate of a sweep."""
     losses: dict[str, dict[float, float]] = {}
     for (trial, _), log_rows in curves(experiment).items():
         step, rate = trial.split(", ")
         losses.setdefault(step, {})[float(rate)] = log_rows[-1]["val_loss"]
-    return {step: min(by_rate, key=by_rate.__getitem__) for step, by_rate in losses.items()}
+    return losses
+
+
+def best_rates(experiment: str = "road_lr") -> dict[str, float]:
+    """Return the learning rate with the lowest held-out loss of each step of the road in a sweep of rates."""
+    return {step: min(by_rate, key=by_rate.__getitem__) for step, by_rate in held_out_losses(experiment).items()}
+
+
+def rates_table() -> Table:
+    """Return the held-out loss of each step of the road by learning rate (road_lr), and the rate with the lowest."""
+    losses, best = held_out_losses(), best_rates()
+    rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
+    rows = []
+    for step in (step for step in STEPS if step in losses):
+        found = [losses[step].get(rate) for rate in rates]
+        rows.append((_label(step), *("" if loss is None else f"{loss:.3f}" for loss in found), f"{best[step]:g}"))
+    return table(("held-out loss at the rate", *(f"{rate:g}" for rate in rates), "best rate"), rows)
+
+
+def at_own_rates() -> dict[str, analysis.Correct]:
+    """Return the correctness of each step of the road at its best rate: of `road`, or of runs at another rate."""
+    road = analysis.correct("road")
+    other = analysis.correct("gelu_and_lr") | analysis.correct("road_tuned")
+    found = {s: road[s] if r == RECIPES["road"].lr else other.get(f"{s}, {r:g}") for s, r in best_rates().items()}
+    return {step: right for step, right in found.items() if right is not None}
+
+
+def changes_at_own_rates() -> Table:
+    """Return top-1 of each step at its best rate, and the change at each step there and as on the road, in points.
+
+    The intervals hold for all cells at once. They come from the scatter between seeds, pooled over all networks and
+    both columns.
+    """
+    road, own, rates = analysis.correct("road"), at_own_rates(), best_rates()
+    pooled = analysis.scatter(road | {f"{s}, own": r for s, r in own.items() if rates[s] != RECIPES["road"].lr})
+    steps = [step for step in PREVIOUS if {step, PREVIOUS[step]} <= own.keys()]
+    rows = []
+    for step in (step for step in STEPS if step in own):
+        changes = ["", ""]
+        if step in steps:
+            pairs = [(found[PREVIOUS[step]], found[step]) for found in (own, road)]
+            changes = [analysis.difference(*pair, pooled, 2 * len(steps)) for pair in pairs]
+        published = analysis.published_change(step)
+        paper_change = "" if published is None else f"{published:+.2f}"
+        at_best = (f"{rates[step]:g}", analysis.top1(own[step]), str(len(own[step])))
+        rows.append((_label(step), *at_best, *changes, paper_change))
+    header = ("step", "own rate", "top-1 (%)", "seeds", "change (95%, all)", f"{ON_ROAD} (95%, all)", "paper")
+    return table(header, rows)
 
 
 def loss_by_recipe() -> Figure:
@@ -215,34 +263,37 @@ def times_by_recipe() -> Table:
 
 # The last steps of the road, with other initial weights and other learning rates
 
-ON_ROAD, OWN_RATE = "as on the road", "own learning rate"
+ON_ROAD, OWN_RATE, BOTH = "as on the road", "own learning rate", "fan-in, own learning rate"
 VARIANTS = {
     ON_ROAD: (INK, "o"),
     "fan-in": (PURPLE, "s"),
     "truncated normal 0.02": (ORANGE, "^"),
     OWN_RATE: (BLUE, "D"),
+    BOTH: (GREEN, "v"),
 }
 COMPARED = ("resnet50", *LAST_STEPS)
 
 
 def _variants() -> dict[str, dict[str, analysis.Correct]]:
     """Return the correctness of ResNet-50 and the last steps of the road, by variant (VARIANTS) and step."""
-    road, tuned = analysis.correct("road"), analysis.correct("road_tuned")
+    road = analysis.correct("road")
+    at_own_rate = {OWN_RATE: analysis.correct("road_tuned"), BOTH: analysis.correct("road_tuned_fan_in")}
     found: dict[str, dict[str, analysis.Correct]] = {variant: {} for variant in VARIANTS}
     found[ON_ROAD] = {step: road[step] for step in COMPARED}
     for trial, right in analysis.correct("road_init").items():
         step, init = trial.split(", ")
         found[init][step] = right
     for step, rate in best_rates().items():
-        if step in COMPARED and f"{step}, {rate:g}" in tuned:  # not if the road's rate is the best
-            found[OWN_RATE][step] = tuned[f"{step}, {rate:g}"]
+        for variant, tuned in at_own_rate.items():
+            if step in COMPARED and f"{step}, {rate:g}" in tuned:  # not if the road's rate is the best
+                found[variant][step] = tuned[f"{step}, {rate:g}"]
     return found
 
 
 def variants() -> Figure:
     """Plot top-1 of ResNet-50 and the last steps of the road by variant: a dot per run, lines through the means."""
     fig, ax = figure(3.8)
-    for (variant, by_step), shift in zip(_variants().items(), (-0.15, -0.05, 0.05, 0.15)):
+    for (variant, by_step), shift in zip(_variants().items(), (-0.2, -0.1, 0.0, 0.1, 0.2)):
         color, marker = VARIANTS[variant]
         ax.plot([], [], marker, color=color, label=variant)
         for i, step in enumerate(COMPARED):
@@ -270,7 +321,7 @@ def variants_table(*variants: str) -> Table:
     rows = []
     for step, variant in pairs:
         before, after = found[ON_ROAD][step], found[variant][step]
-        name = f"{variant}, {rates[step]:g}" if variant == OWN_RATE else variant
+        name = f"{variant}, {rates[step]:g}" if variant in (OWN_RATE, BOTH) else variant
         change = analysis.difference(before, after, _pooled(found), len(pairs))
         seeds = str(len(after)) if len(after) == len(before) else f"{len(before)}, {len(after)}"
         rows.append((_label(step), analysis.top1(before), name, analysis.top1(after), seeds, change))
@@ -279,19 +330,19 @@ def variants_table(*variants: str) -> Table:
 
 
 def last_changes() -> Table:
-    """Return the change of top-1 at the last two steps as on the road, at own learning rates and with fan-in weights.
+    """Return the change of top-1 at the last two steps of the road, and at both together: a row for each variant.
 
-    The last row has both steps together. The intervals hold for all nine at once. They come from the scatter between
-    seeds, pooled over all variants.
+    The intervals hold for all cells at once. They come from the scatter between seeds, pooled over all variants.
     """
-    found, shown = _variants(), (ON_ROAD, OWN_RATE, "fan-in")
+    found = _variants()
     *_, before, middle, after = COMPARED
-    changes = {_label(middle): (before, middle), _label(after): (middle, after), "both": (before, after)}
-    rows = []
-    for label, (first, second) in changes.items():
-        pairs = [(found[variant][first], found[variant][second]) for variant in shown]
-        rows.append((label, *(analysis.difference(*pair, _pooled(found), len(changes) * len(shown)) for pair in pairs)))
-    return table(("points (95%, all at once)", *shown), rows)
+    changes = {_label(middle): (before, middle), _label(after): (middle, after), "both steps": (before, after)}
+    pooled, number = _pooled(found), len(changes) * len(found)
+    rows = [
+        (variant, *(analysis.difference(by_step[a], by_step[b], pooled, number) for a, b in changes.values()))
+        for variant, by_step in found.items()
+    ]
+    return table(("points (95%, all at once)", *changes), rows)
 
 
 # ReLU against GELU
