@@ -201,6 +201,41 @@ def test_a_compiler_without_openmp_or_native_code_builds_kernels_too(
     assert kernels.kernels(torch.float32) is not None and not recwarn.list
 
 
+@pytest.mark.parametrize("level, products", [("x86-64-v3", True), ("x86-64", False)])
+@pytest.mark.parametrize("dim", [5, 8, 13, 24, 40])  # the last columns fill one, two or three registers, or a part
+def test_a_block_computes_the_same_with_its_own_matrix_products(level, products, dim, monkeypatch, compile_again):
+    if not torch.cpu.get_capabilities().get("avx2"):
+        pytest.skip("needs a processor with AVX2")
+    monkeypatch.setattr(kernels, "TARGETS", (["-fopenmp", f"-march={level}"],))
+    block = spread(Block(dim, drop_path=0.3, layer_scale_init_value=1.0))
+    for shape in ((7, dim, 3, 1), (3, dim, 43, 47)):  # 21 rows, and parts of more than 48 rows that end within an image
+        x = torch.randn(shape)
+        torch.manual_seed(1)
+        right = gradients(block, x)
+        torch.manual_seed(1)
+        assert_same(gradients(fast.accelerate(block), x), right, 5e-5)
+        with torch.no_grad():
+            got = block.eval()(x)
+            assert_same([got], [fast.restore(block)(x)])
+        block.train()
+    assert kernels.has_products(torch.float32) == products and not kernels.has_products(torch.bfloat16)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_results_do_not_depend_on_the_number_of_threads(threads):
+    block, x = fast.accelerate(spread(Block(24, layer_scale_init_value=1.0))), torch.randn(3, 24, 43, 47)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        right = gradients(block, x)
+        torch.set_num_threads(threads)
+        got = gradients(block, x)
+    finally:
+        torch.set_num_threads(before)
+    bias_of_first = [name for name, _ in block.named_parameters()].index("pwconv1.bias") + 2
+    assert torch.equal(got[0], right[0]) and torch.equal(got[bias_of_first], right[bias_of_first])
+
+
 @pytest.fixture
 def cached(compile_again):
     if cache.private_folder() is None:

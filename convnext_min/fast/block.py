@@ -9,7 +9,7 @@ from torch.autograd import Function
 from torch.nn.modules import module as modules
 
 from convnext_min import blocks, convnext
-from convnext_min.fast.kernels import PARTS, is_eager, is_ordinary, kernels, matmul_dtype, run
+from convnext_min.fast.kernels import PARTS, has_products, is_eager, is_ordinary, kernels, matmul_dtype, pack, run
 from convnext_min.fast.layers import (
     FastDepthwise,
     FastGELU,
@@ -33,25 +33,14 @@ class BlockFunction(Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, dtype, eps, x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep):
-        n, c, h, w = x.shape
-        rows = n * h * w
-        conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=c)
+        conv = F.conv2d(x, kernel, kernel_bias, padding=kernel.shape[2] // 2, groups=len(kernel))
         conv = conv.contiguous(memory_format=torch.channels_last)
-        normed, stds = x.new_empty(rows, c, dtype=dtype), x.new_empty(rows)
-        run(dtype, "normalize", rows, c, eps, conv, normed, stds)
-        folded1, cast2 = (weight1 * scale).to(dtype), weight2.to(dtype)
-        hidden, folded_bias = normed @ folded1.t(), weight1 @ shift + bias1
-        if ctx is None:
-            run(dtype, "bias_gelu_in_place", rows, 4 * c, hidden, folded_bias)
-        else:
-            slope, hidden = hidden, torch.empty_like(hidden)
-            run(dtype, "bias_gelu", rows, 4 * c, slope, folded_bias, hidden)  # `slope` becomes GELU's derivative
-        branch = hidden @ cast2.t()
-        y = torch.empty_like(x)
-        run(dtype, "scale_add", rows, c, h * w, x, branch, bias2, gamma, keep, y)
+        folded1, cast2, folded_bias = (weight1 * scale).to(dtype), weight2.to(dtype), weight1 @ shift + bias1
+        compute = _in_blocks if has_products(dtype) else _in_passes
+        y, kept = compute(x, conv, eps, folded1, folded_bias, cast2, bias2, gamma, keep, ctx is not None)
         if ctx is not None:
             inputs = x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep
-            saved = *inputs, normed, stds, slope, hidden, branch, folded1, cast2
+            saved = *inputs, *kept, folded1, cast2
             ctx.save_for_backward(*saved)
             ctx.dtype, ctx.eps, ctx.kinds = dtype, eps, _kinds(saved)
         return y
@@ -66,17 +55,13 @@ class BlockFunction(Function):
         rest = [tensor.contiguous() for tensor in saved[1:]]  # saved-tensor hooks may have changed the layout
         kernel, _, scale, shift, weight1, _, _, bias2, gamma, keep = rest[:10]
         normed, stds, slope, hidden, branch, folded1, cast2 = rest[10:]
-        n, c, h, w = x.shape
-        rows, dtype, padding = n * h * w, ctx.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
+        dtype, padding = ctx.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        d_branch, sums, d_bias1 = torch.empty_like(branch), x.new_zeros(3, PARTS, c), x.new_zeros(PARTS, 4 * c)
-        run(dtype, "scale_add_back", PARTS, rows, c, h * w, grad, branch, bias2, gamma, keep, d_branch, *sums[:2])
-        d_weight2 = d_branch.t() @ hidden
-        d_hidden = d_branch @ cast2
-        run(dtype, "bias_gelu_back", PARTS, rows, 4 * c, d_hidden, slope, d_bias1)  # in place
-        d_folded1 = (d_hidden.t() @ normed).float()
-        d_normed, d_conv = d_hidden @ folded1, torch.empty_like(x)
-        run(dtype, "normalize_back", PARTS, rows, c, d_normed, normed, stds, d_conv, sums[2])
+        compute = _back_in_blocks if has_products(dtype) else _back_in_passes
+        d_branch, d_hidden, d_conv, sums, d_bias1 = compute(
+            grad, normed, stds, slope, branch, folded1, cast2, bias2, gamma, keep
+        )
+        d_weight2, d_folded1 = d_branch.t() @ hidden, (d_hidden.t() @ normed).float()
         d_x = depthwise_input_grad(d_conv, kernel, x.shape, (1, 1), padding).add_(grad)
         d_kernel = depthwise_weight_grad(x, d_conv, kernel.shape, (1, 1), padding)
         d_bias2, d_gamma, d_kernel_bias = sums.sum(1)
@@ -85,6 +70,63 @@ class BlockFunction(Function):
         d_weight1 = torch.addr(d_folded1 * scale, d_bias1, shift)
         linear = d_weight1, d_bias1, d_weight2.float(), d_bias2
         return None, None, d_x, d_kernel, d_kernel_bias, d_scale, d_shift, *linear, d_gamma, None
+
+
+def _in_passes(x, conv, eps, weight1, bias1, weight2, bias2, gamma, keep, training):
+    """Return the block's output and what the backward pass needs: the part after the depthwise convolution `conv`."""
+    n, c, h, w = x.shape
+    rows, dtype = n * h * w, weight1.dtype
+    normed, stds = x.new_empty(rows, c, dtype=dtype), x.new_empty(rows)
+    run(dtype, "normalize", rows, c, eps, conv, normed, stds)
+    slope = hidden = normed @ weight1.t()
+    if training:
+        hidden = torch.empty_like(slope)
+        run(dtype, "bias_gelu", rows, 4 * c, slope, bias1, hidden)  # `slope` becomes GELU's derivative
+    else:
+        run(dtype, "bias_gelu_in_place", rows, 4 * c, hidden, bias1)
+    branch = hidden @ weight2.t()
+    y = torch.empty_like(x)
+    run(dtype, "scale_add", 0, rows, c, h * w, x, branch, bias2, gamma, keep, y)
+    return y, (normed, stds, slope, hidden, branch)
+
+
+def _in_blocks(x, conv, eps, weight1, bias1, weight2, bias2, gamma, keep, training):
+    """Return the same as `_in_passes`, computed a few rows at a time, which stay in the cache."""
+    n, c, h, w = x.shape
+    rows, sizes = n * h * w, [(c,), (), (4 * c,), (4 * c,), (c,)]
+    y, kept = torch.empty_like(x), [x.new_empty(rows, *size) if training else None for size in sizes]
+    weights = pack(weight1.t()), bias1, pack(weight2.t()), bias2, gamma
+    run(x.dtype, "pointwise", _parts(rows), rows, c, h * w, eps, x, conv, *weights, keep, y, *kept)
+    return y, kept
+
+
+def _back_in_passes(grad, normed, stds, slope, branch, weight1, weight2, bias2, gamma, keep):
+    """Return the gradients of the branch, the hidden layer and `conv`, sums for biases and gamma, and for `bias1`."""
+    n, c, h, w = grad.shape
+    rows, dtype = n * h * w, weight1.dtype
+    d_branch, sums, d_bias1 = torch.empty_like(branch), grad.new_zeros(3, PARTS, c), grad.new_zeros(PARTS, 4 * c)
+    run(dtype, "scale_add_back", PARTS, 0, rows, c, h * w, grad, branch, bias2, gamma, keep, d_branch, *sums[:2])
+    d_hidden = d_branch @ weight2
+    run(dtype, "bias_gelu_back", PARTS, rows, 4 * c, d_hidden, slope, d_bias1)  # in place
+    d_normed, d_conv = d_hidden @ weight1, torch.empty_like(grad)
+    run(dtype, "normalize_back", PARTS, rows, c, d_normed, normed, stds, d_conv, sums[2])
+    return d_branch, d_hidden, d_conv, sums, d_bias1
+
+
+def _back_in_blocks(grad, normed, stds, slope, branch, weight1, weight2, bias2, gamma, keep):
+    """Return the same as `_back_in_passes`, computed a few rows at a time, which stay in the cache."""
+    n, c, h, w = grad.shape
+    rows, parts = n * h * w, _parts(n * h * w)
+    d_branch, d_hidden, d_conv = (torch.empty_like(tensor) for tensor in (branch, slope, grad))
+    sums, d_bias1 = grad.new_zeros(3, parts, c), grad.new_zeros(parts, 4 * c)
+    saved = normed, stds, slope, branch, pack(weight1), pack(weight2), bias2, gamma, keep
+    run(grad.dtype, "pointwise_back", parts, rows, c, h * w, grad, *saved, d_branch, d_hidden, d_conv, *sums, d_bias1)
+    return d_branch, d_hidden, d_conv, sums, d_bias1
+
+
+def _parts(rows: int) -> int:
+    """Return into how many parts to divide `rows`: at most `PARTS`, and few enough that a part is worth its weights."""
+    return min(PARTS, 1 << (max(1, rows // 24).bit_length() - 1))
 
 
 def _kinds(tensors) -> list[tuple]:

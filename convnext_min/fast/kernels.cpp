@@ -1,8 +1,8 @@
-// The parts of a ConvNeXt block around its two matrix products, each in one pass over the memory. Compiled by
-// kernels.py with -DT=float, or with -DT=bf16 for autocast: T is the type that the matrix products read and write;
-// everything else is float. Arrays are channels-last: rows are pixels, columns the C channels. Sums over rows come in
-// `parts`, each filled by one thread, and the caller adds them, so that results do not depend on the number of threads.
-// Without OpenMP the loops run in one thread.
+// The parts of a ConvNeXt block around its two matrix products, each in one pass over the memory, and, for AVX2, the
+// products as well. Compiled by kernels.py with -DT=float -DFLOAT, or with -DT=bf16 for autocast: T is the type that
+// the matrix products read and write; everything else is float. Arrays are channels-last: rows are pixels, columns the
+// C channels. Sums over rows come in `parts`, each filled by one thread, and the caller adds them, so that results do
+// not depend on the number of threads. Without OpenMP the loops run in one thread.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -39,8 +39,8 @@ inline float power_of_two(float x) {
   return power;
 }
 
-// GELU and its derivative. The formula for the normal distribution (Abramowitz and Stegun 7.1.26, error 1e-7) contains the
-// exponential that the derivative needs too.
+// GELU and its derivative. The formula for the normal distribution (Abramowitz and Stegun 7.1.26, error 1e-7) contains
+// the exponential that the derivative needs too.
 inline void gelu_of(float s, float& value, float& slope) {
   const float e = power_of_two(std::min(s * s, 170.f) * -0.72134752f);
   const float t = 1 / (1 + 0.23164190f * std::fabs(s));
@@ -156,11 +156,12 @@ void bias_gelu_back(int threads, i64 parts, i64 rows, i64 C, T* dy, const T* slo
 }
 
 // y = shortcut + keep * gamma * (x + bias); stochastic depth's `keep` is one number for each image of `pixels` rows.
-void scale_add(int threads, i64 rows, i64 C, i64 pixels, const float* shortcut, const T* x, const float* bias,
-               const float* gamma, const float* keep, float* y) {
+// These rows follow `first` others of the batch.
+void scale_add(int threads, i64 first, i64 rows, i64 C, i64 pixels, const float* shortcut, const T* x,
+               const float* bias, const float* gamma, const float* keep, float* y) {
 #pragma omp parallel for num_threads(threads)
   for (i64 r = 0; r < rows; r++) {
-    const float *s = shortcut + r * C, k = keep[r / pixels];
+    const float *s = shortcut + r * C, k = keep[(first + r) / pixels];
     const T* u = x + r * C;
     float* v = y + r * C;
 #pragma omp simd
@@ -168,12 +169,12 @@ void scale_add(int threads, i64 rows, i64 C, i64 pixels, const float* shortcut, 
   }
 }
 
-void scale_add_back(int threads, i64 parts, i64 rows, i64 C, i64 pixels, const float* dy, const T* x, const float* bias,
-                    const float* gamma, const float* keep, T* dx, float* dbias, float* dgamma) {
+void scale_add_back(int threads, i64 parts, i64 first, i64 rows, i64 C, i64 pixels, const float* dy, const T* x,
+                    const float* bias, const float* gamma, const float* keep, T* dx, float* dbias, float* dgamma) {
 #pragma omp parallel for num_threads(threads)
   for (i64 part = 0; part < parts; part++)
     for (i64 r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
-      const float *g = dy + r * C, k = keep[r / pixels];
+      const float *g = dy + r * C, k = keep[(first + r) / pixels];
       const T* u = x + r * C;
       T* d = dx + r * C;
       float *db = dbias + part * C, *dg = dgamma + part * C;
@@ -252,3 +253,112 @@ extern "C" void depthwise_back(int threads, i64 K, i64 parts, i64 N, i64 H, i64 
             : K == 9 ? depthwise_back_of<9> : depthwise_back_of<11>;
   of(threads, parts, N, H, W, C, in, dy, dw);
 }
+
+#if defined(FLOAT) && defined(__AVX2__) && !defined(__AVX512F__)
+// The same passes and the matrix products between them, on a few rows at a time, which stay in the cache.
+
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));  // `lanes` anywhere in memory
+const i64 ROWS = 48;
+
+// The columns of a matrix are packed in panels, each two registers wide, the last as wide as what is left, up to three.
+inline i64 registers(i64 N) { return (N + LANES - 1) / LANES; }
+inline i64 panels(i64 N) { return std::max<i64>(1, registers(N) / 2); }
+inline i64 width(i64 N, i64 panel) { return panel < panels(N) - 1 ? 2 : registers(N) - 2 * panel; }
+
+// `to`: the panels of the matrix (K, N) whose element (k, n) is from[k * down + n * across], filled up with zeros.
+extern "C" void pack(int threads, i64 K, i64 N, i64 down, i64 across, const float* from, float* to) {
+#pragma omp parallel for num_threads(threads)
+  for (i64 p = 0; p < panels(N); p++) {
+    const i64 first = 2 * p * LANES, wide = width(N, p) * LANES, filled = std::min(wide, N - first);
+    float* panel = to + first * K;
+    for (i64 k = 0; k < K; k++)
+      for (i64 n = 0; n < wide; n++) panel[k * wide + n] = n < filled ? from[k * down + (first + n) * across] : 0;
+  }
+}
+
+// Columns `first` and following of y (rows, N) = x (rows, K) times a panel of V registers, R rows at a time.
+template <int R, int V>
+void times_panel(i64 rows, i64 K, i64 N, i64 first, const float* x, const float* panel, float* y) {
+  for (i64 r = 0; r < rows; r += R) {
+    const float* in[R];
+    for (i64 i = 0; i < R; i++) in[i] = x + std::min(r + i, rows - 1) * K;
+    lanes sum[R][V] = {};
+    const float* p = panel;
+#pragma GCC unroll 4
+    for (i64 k = 0; k < K; k++, p += V * LANES) {
+      lanes w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) w[v] = *(const loose*)(p + v * LANES);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[i][v] += in[i][k] * w[v];
+    }
+    for (i64 i = 0; i < std::min<i64>(R, rows - r); i++) {
+      float* out = y + (r + i) * N + first;
+      if (first + V * LANES > N) memcpy(out, sum[i], 4 * (N - first));
+      else
+        for (int v = 0; v < V; v++) *(loose*)(out + v * LANES) = sum[i][v];
+    }
+  }
+}
+
+// y (rows, N) = x (rows, K) times packed columns. Twelve registers hold sums, so that no addition waits for another.
+void times(i64 rows, i64 K, i64 N, const float* x, const float* packed, float* y) {
+  for (i64 p = 0; p < panels(N); p++) {
+    const i64 first = 2 * p * LANES, wide = width(N, p);
+    auto columns = wide == 3 ? times_panel<4, 3> : wide == 2 ? times_panel<6, 2> : times_panel<6, 1>;
+    columns(rows, K, N, first, x, packed + first * K, y);
+  }
+}
+
+// The block after its depthwise convolution, whose output is `conv`. `normed`, `scale`, `slope`, `hidden` and `branch`
+// are kept for the way back; without one, they are null.
+extern "C" void pointwise(int threads, i64 parts, i64 rows, i64 C, i64 pixels, float eps, const float* x,
+                          const float* conv, const float* weight1, const float* bias1, const float* weight2,
+                          const float* bias2, const float* gamma, const float* keep, float* y, float* normed,
+                          float* scale, float* slope, float* hidden, float* branch) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> own(normed ? 0 : ROWS * (6 * C + 1));
+    float *n = own.data(), *b = n + ROWS * C, *h = b + ROWS * C, *s = h + ROWS * 4 * C;
+#pragma omp for
+    for (i64 part = 0; part < parts; part++)
+      for (i64 r = rows * part / parts, end = rows * (part + 1) / parts; r < end; r += ROWS) {
+        const i64 some = std::min(ROWS, end - r);
+        if (normed) n = normed + r * C, s = scale + r, h = hidden + r * 4 * C, b = branch + r * C;
+        float* wide = normed ? slope + r * 4 * C : h;
+        normalize(1, some, C, eps, conv + r * C, n, s);
+        times(some, C, 4 * C, n, weight1, wide);
+        if (normed) bias_gelu(1, some, 4 * C, wide, bias1, h);
+        else bias_gelu_in_place(1, some, 4 * C, h, bias1);
+        times(some, 4 * C, C, h, weight2, b);
+        scale_add(1, r, some, C, pixels, x + r * C, b, bias2, gamma, keep, y + r * C);
+      }
+  }
+}
+
+// Its way back to `dconv`. `dbranch` and `dhidden` are kept for the gradients of the weights; the four gradients after
+// `dconv` come in `parts`, and `dbias` is that of the depthwise convolution.
+extern "C" void pointwise_back(int threads, i64 parts, i64 rows, i64 C, i64 pixels, const float* dy,
+                               const float* normed, const float* scale, const float* slope, const float* branch,
+                               const float* weight1, const float* weight2, const float* bias2, const float* gamma,
+                               const float* keep, float* dbranch, float* dhidden, float* dconv, float* dbias2,
+                               float* dgamma, float* dbias, float* dbias1) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> dnormed(ROWS * C);
+#pragma omp for
+    for (i64 part = 0; part < parts; part++)
+      for (i64 r = rows * part / parts, end = rows * (part + 1) / parts; r < end; r += ROWS) {
+        const i64 some = std::min(ROWS, end - r), c = r * C, c4 = r * 4 * C, p = part * C, p4 = part * 4 * C;
+        scale_add_back(1, 1, r, some, C, pixels, dy + c, branch + c, bias2, gamma, keep, dbranch + c, dbias2 + p,
+                       dgamma + p);
+        times(some, C, 4 * C, dbranch + c, weight2, dhidden + c4);
+        bias_gelu_back(1, 1, some, 4 * C, dhidden + c4, slope + c4, dbias1 + p4);
+        times(some, 4 * C, C, dhidden + c4, weight1, dnormed.data());
+        normalize_back(1, 1, some, C, dnormed.data(), normed + c, scale + r, dconv + c, dbias + p);
+      }
+  }
+}
+#endif

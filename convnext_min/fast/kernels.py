@@ -23,8 +23,9 @@ from torch.autograd import forward_ad
 
 from convnext_min.fast import cache
 
-TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # types of the matrix products: their names in kernels.cpp
+TYPES = {torch.float32: ["-DT=float", "-DFLOAT"], torch.bfloat16: ["-DT=bf16"]}  # of the matrix products
 SOURCE = Path(__file__).with_name("kernels.cpp")
+LANES = 8  # floats in a register of AVX2
 PARTS = 32  # partial sums over rows: see kernels.cpp
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 # Tried in this order. Apple's clang has no OpenMP, and older ones no -march=native; the loops then run in one thread.
@@ -70,7 +71,7 @@ def _find_or_build(dtype: torch.dtype) -> ctypes.CDLL:
 
 def _key(dtype: torch.dtype) -> str:
     """Return the cache key of kernels.cpp compiled by this compiler on this machine."""
-    command = [*compiler(), *FLAGS, *chain(*TARGETS), TYPES[dtype]]
+    command = [*compiler(), *FLAGS, *chain(*TARGETS), *TYPES[dtype]]
     program = shutil.which(command[0])
     if program is None:
         raise FileNotFoundError(f"there is no compiler {command[0]!r}; set CXX to one")
@@ -95,7 +96,7 @@ def _build(dtype: torch.dtype, key: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows cannot delete loaded libraries
         library = Path(folder, "kernels.so")
         for target in TARGETS:
-            command = [*compiler(), *FLAGS, *target, f"-DT={TYPES[dtype]}", str(SOURCE), "-o", str(library)]
+            command = [*compiler(), *FLAGS, *target, *TYPES[dtype], str(SOURCE), "-o", str(library)]
             try:
                 # In its own session, or Ctrl-C would end the compiler as if it refused the target.
                 options = {"stdin": subprocess.DEVNULL, "errors": "replace", "start_new_session": True}
@@ -115,7 +116,21 @@ def compiler() -> list[str]:
     return [name] if shutil.which(name) else shlex.split(name) or ["c++"]
 
 
-def run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
+def has_products(dtype: torch.dtype) -> bool:
+    """Return whether kernels.cpp has matrix products in `dtype`: in float32 for processors with AVX2 and no AVX-512."""
+    return hasattr(kernels(dtype), "pointwise")
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Return the values of `matrix` (K, N), which can be a transpose, in the order in which `times` reads them."""
+    k, n = matrix.shape
+    packed = matrix.new_empty(-(-n // LANES) * LANES * k)
+    base = matrix if matrix.is_contiguous() else matrix.t()
+    run(torch.float32, "pack", k, n, *matrix.stride(), base, packed)
+    return packed
+
+
+def run(dtype: torch.dtype, name: str, *values: Tensor | int | float | None) -> None:
     """Call the function `name` of kernels.cpp with tensors, as pointers to their memory, and integers and floats.
 
     Raise ValueError for a tensor that is not an array without gaps.
@@ -124,7 +139,9 @@ def run(dtype: torch.dtype, name: str, *values: Tensor | int | float) -> None:
     getattr(kernels(dtype), name)(threads, *map(_argument, values))
 
 
-def _argument(value: Tensor | int | float):
+def _argument(value: Tensor | int | float | None):
+    if value is None:
+        return ctypes.c_void_p()
     if isinstance(value, float):
         return ctypes.c_float(value)
     if not isinstance(value, Tensor):
