@@ -249,26 +249,17 @@ _IMAGENETTE = Recipe(
     eval_resolution=96,
 )
 _SMALL_DATA = replace(
-    _IMAGENETTE, evaluate_every=0, optimizer="muon", stem="overlapping", init="fan_in", layer_scale_init=0.2
-)
-_IMAGENETTE_3MIN = replace(
-    _SMALL_DATA,
-    minutes=3,
+    _IMAGENETTE,
+    evaluate_every=0,
+    optimizer="muon",
     batch_size=128,
     base_lr=1.1e-2,
-    progressive=((0.6, 48),),
-    resolution=64,
-    eval_resolution=64,
+    stem="overlapping",
+    init="fan_in",
+    layer_scale_init=0.2,
 )
-_IMAGENETTE_10MIN = replace(
-    _SMALL_DATA,
-    minutes=10,
-    base_lr=1.2e-2,
-    crop_scale=(0.25, 1.0),
-    progressive=((0.3, 64), (0.8, 96)),
-    resolution=128,
-    eval_resolution=128,
-)
+_IMAGENETTE_3MIN = replace(_SMALL_DATA, minutes=3, progressive=((0.6, 48),), resolution=64, eval_resolution=64)
+_IMAGENETTE_10MIN = replace(_SMALL_DATA, minutes=10, progressive=((0.4, 48), (0.8, 64)), crop_scale=(0.25, 1.0))
 _ROAD = Recipe(
     epochs=9,
     evaluate_every=0,
@@ -291,11 +282,11 @@ RECIPES = {
     # and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation.
     # Results of this and the next two: book/results/imagenette
     "imagenette-3min": _IMAGENETTE_3MIN,
-    # Larger images at the end and smaller crops; not tuned.
+    # Larger images at the end and smaller crops.
     "imagenette-10min": _IMAGENETTE_10MIN,
-    # Long enough for Mixup and CutMix, each on half of the batches.
+    # Long enough for Mixup and CutMix, each on half of the batches; not tuned.
     "imagenette-30min": replace(
-        _IMAGENETTE_10MIN, minutes=30, progressive=((0.25, 64), (0.7, 96)), mixup=0.2, cutmix=1.0
+        _IMAGENETTE_10MIN, minutes=30, progressive=((0.3, 48), (0.7, 64)), mixup=0.2, cutmix=1.0
     ),
     # The defaults of timm's training script, for timm:convnext_atto with --no-accelerate: images from the disk, its
     # crops, cosine after a warm-up, label smoothing. The optimizer (AdamW; the script's default is SGD), its
