@@ -101,7 +101,7 @@ def _read(root, smallest, results):
 
 
 def test_two_processes_at_once_read_the_same(root, home):
-    context = get_context("fork")
+    context = get_context("spawn")
     results = context.Queue()
     workers = [context.Process(target=_read, args=(root, 1, results)) for _ in range(2)]
     for worker in workers:

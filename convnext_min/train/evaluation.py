@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convnext_min.data import Data
+from convnext_min.data import Batches, Data
 from convnext_min.train import distributed
 from convnext_min.train.device import autocast_dtype
 
@@ -57,11 +57,11 @@ def evaluate(model: nn.Module, batches: Data, amp: str = "auto", limit: int | No
 
 
 def evaluation_seconds(model: nn.Module, batches: Data, amp: str) -> float:
-    """Estimate the duration of `evaluate` from up to 8 batches after a warm-up.
+    """Estimate the duration of `evaluate` from a few batches after a warm-up.
 
-    Fewer are unreliable: worker processes deliver images in bursts.
+    Worker processes deliver images in bursts, so they take more batches than images in memory.
     """
-    few = min(8, len(batches))
+    few = min(3 if isinstance(batches, Batches) else 8, len(batches))
     evaluate(model, batches, amp, few)  # warm-up
     ends = [time.perf_counter()]
     for count in (1, few):

@@ -138,10 +138,10 @@ def _warnings(planned: Plan, asked: Recipe, rule: Recipe | None, stride: int) ->
                 f"EMA decay {recipe.ema_decay} is too slow for {planned.steps:,} iterations: {old:.0%} of the EMA "
                 "would still be initial weights. Use --set ema_horizon=0.1, or ema_decay=0.0 to disable it"
             )
-    smallest = min([recipe.resolution, *(side for _, side in recipe.progressive)])
-    if smallest // stride < 2:
+    side = recipe.resolution // stride  # the smaller images of `progressive` are a short run's choice
+    if side < 2:
         found.append(
-            f"at {smallest} pixels the last feature map is {smallest // stride}×{smallest // stride}, and its kernels "
+            f"at {recipe.resolution} pixels the last feature map is {side}×{side}, and its kernels "
             f"see mostly padding: --set resolution={2 * stride} or more, even if the images are smaller"
         )
     return found
