@@ -255,7 +255,8 @@ extern "C" void depthwise_back(int threads, i64 K, i64 parts, i64 N, i64 H, i64 
 }
 
 #if defined(FLOAT) && defined(__AVX2__) && !defined(__AVX512F__)
-// The same passes and the matrix products between them, on a few rows at a time, which stay in the cache.
+// The same passes and the matrix products between them, on a few rows at a time, which stay in the cache. A thread that
+// has finished a part takes the next one, because cores can differ in speed.
 
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));  // `lanes` anywhere in memory
 const i64 ROWS = 48;
@@ -322,7 +323,7 @@ extern "C" void pointwise(int threads, i64 parts, i64 rows, i64 C, i64 pixels, f
   {
     std::vector<float> own(normed ? 0 : ROWS * (6 * C + 1));
     float *n = own.data(), *b = n + ROWS * C, *h = b + ROWS * C, *s = h + ROWS * 4 * C;
-#pragma omp for
+#pragma omp for schedule(dynamic)
     for (i64 part = 0; part < parts; part++)
       for (i64 r = rows * part / parts, end = rows * (part + 1) / parts; r < end; r += ROWS) {
         const i64 some = std::min(ROWS, end - r);
@@ -348,7 +349,7 @@ extern "C" void pointwise_back(int threads, i64 parts, i64 rows, i64 C, i64 pixe
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> dnormed(ROWS * C);
-#pragma omp for
+#pragma omp for schedule(dynamic)
     for (i64 part = 0; part < parts; part++)
       for (i64 r = rows * part / parts, end = rows * (part + 1) / parts; r < end; r += ROWS) {
         const i64 some = std::min(ROWS, end - r), c = r * C, c4 = r * 4 * C, p = part * C, p4 = part * 4 * C;
