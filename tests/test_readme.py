@@ -24,7 +24,11 @@ def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:
     found = defaultdict(lambda: defaultdict(list))
     for path in SUMMARIES:
         summary, recipe = json.loads(path.read_text()), re.match(r"(\w+)-\d+min", path.parent.name)
-        ours = "for small data" + (", first version" if summary["recipe"]["batch_size"] == 64 else "")
+        ours = "for small data"
+        if summary["recipe"]["batch_size"] == 64:
+            ours += ", first version"
+        elif summary["recipe"]["minutes"] == 30:
+            ours += ", smaller images"
         row = (recipe[1] if recipe else ours, results.processor(summary))
         found[row][summary["recipe"]["minutes"]].append((path.parent.relative_to(RESULTS), summary["top1"]))
     return found

@@ -154,11 +154,14 @@ def test_the_profile_of_an_iteration_ends_with_the_goal(results_folder):
     (results_folder / "speed" / "race.json").write_text(json.dumps({"results": contest}))
     part = {"setting": "A", "network": "n", "contest": "speed/race.json", "milliseconds": {"products": 60, "rest": 40}}
     tried = {"change": "c", "network": "n", "before": 10.2, "after": 9.6, "kept": False}
-    (results_folder / "speed" / "tried.json").write_text(json.dumps({"parts": [part], "tried": [tried]}))
+    product = {"rows": 2048, "inputs": 40, "outputs": 160, "MKL": 65, "oneDNN": 64, "ours": 98}
+    record = {"parts": [part], "tried": [tried], "products": [product]}
+    (results_folder / "speed" / "tried.json").write_text(json.dumps(record))
     rows = dict(result_figures.iteration_profile().rows)
     assert rows["products"] == "60 (60%)" and rows["all together"] == "100"
     assert rows["at three times the speed of the fastest other"] == "50"  # 100 ms are 1.5 times as fast
     assert result_figures.tried_changes().rows == (("c", "n", "10", "10", "left out"),)
+    assert result_figures.product_speeds().rows == (("2,048\xa0×\xa040 by 40\xa0×\xa0160", "65", "64", "98"),)
 
 
 def test_curves_of_trials_and_their_averages(results_folder):
