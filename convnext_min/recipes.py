@@ -284,8 +284,8 @@ RECIPES = {
     "imagenette-3min": _IMAGENETTE_3MIN,
     # Larger images at the end and smaller crops.
     "imagenette-10min": _IMAGENETTE_10MIN,
-    # Long enough for larger images, and for Mixup and CutMix, each on half of the batches; not tuned. Images and batches
-    # as in the shorter recipes were not clearly better on a slow processor.
+    # Long enough for larger images, and for Mixup and CutMix, each on half of the batches; not tuned. Smaller images
+    # and larger batches, as in the shorter recipes, were not clearly better on a slow processor.
     "imagenette-30min": replace(
         _IMAGENETTE_10MIN,
         minutes=30,
