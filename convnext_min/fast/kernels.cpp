@@ -304,7 +304,8 @@ void times_panel(i64 rows, i64 K, i64 N, i64 first, const float* x, const float*
   }
 }
 
-// y (rows, N) = x (rows, K) times packed columns. Twelve registers hold sums, so that no addition waits for another.
+// y (rows, N) = x (rows, K) times packed columns. Twelve registers hold sums (six in a narrow panel), so that additions
+// need not wait for each other.
 void times(i64 rows, i64 K, i64 N, const float* x, const float* packed, float* y) {
   for (i64 p = 0; p < panels(N); p++) {
     const i64 first = 2 * p * LANES, wide = width(N, p);
