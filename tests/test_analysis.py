@@ -89,6 +89,10 @@ def test_two_single_runs_are_compared_over_images():
     assert analysis.difference(before, before) == (0, 0, 0)
 
 
+def test_an_interval_has_no_negative_zero():
+    assert str(analysis.Interval(-0.04, -0.2, 0.04)) == "+0.0 (-0.2\xa0to\xa0+0.0)"
+
+
 def test_no_difference_takes_an_interval_within_one_point():
     assert analysis.Interval(0.1, -0.8, 0.9).negligible and not analysis.Interval(0.1, -0.8, 1.1).negligible
     assert not analysis.Interval(0.1, -0.8, 0.9).clear

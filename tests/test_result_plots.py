@@ -241,6 +241,17 @@ def test_runs_with_few_iterations_are_counted_at_their_ends(results_folder):
     assert large[3:] == ("2.0", "20")
 
 
+def test_changes_of_the_three_minutes_are_compared_with_the_recipe(results_folder):
+    ends = {"the recipe": 4, "worse": 3, "better": 6}
+    logs = [{"trial": name, "seed": 0, "epoch": 1.5 * end, "step": 10 * end} for name, end in ends.items()]
+    write_csv(results_folder / "three_minutes" / "curves.csv", logs)
+    write_experiment(results_folder, "three_minutes", {"the recipe": [120], "worse": [100], "better": [130]})
+    base, better, worse = result_figures.three_minutes_table().rows
+    assert base == ("the recipe", "60.0", "", "6.0", "40")
+    assert better[0] == "better" and better[2].startswith("+5.0 (") and better[3:] == ("9.0", "60")
+    assert worse[0] == "worse" and worse[2].startswith("-10.0 (")
+
+
 @pytest.mark.parametrize("name", ["predictions", "answers"])
 def test_predictions_of_earlier_runs_have_another_name(name, results_folder):
     (results_folder / "imagenette" / "one").mkdir(parents=True)

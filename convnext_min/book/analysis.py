@@ -30,7 +30,8 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.1f} ({self.low:+.1f}{NBSP}to{NBSP}{self.high:+.1f})"
+        value, low, high = (f"{round(number, 1) + 0.0:+.1f}" for number in self)  # 0.0 + turns -0.0 into 0.0
+        return f"{value} ({low}{NBSP}to{NBSP}{high})"
 
     @property
     def clear(self) -> bool:

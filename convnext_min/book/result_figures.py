@@ -186,15 +186,32 @@ def timed_table(runs: Runs) -> Table:
     return table(("recipe", "processor", "minutes", "top-1 (%)", "seeds", "epochs", "iterations"), rows)
 
 
+def _lengths(experiment: str, trial: str) -> tuple[str, str]:
+    """Return the mean numbers of epochs and of iterations of a trial's runs."""
+    ends = [rows_of_run[-1] for (name, _), rows_of_run in curves(experiment).items() if name == trial]
+    epochs, steps = (mean(end[key] for end in ends) for key in ("epoch", "step"))
+    return f"{epochs:.1f}", f"{steps:,.0f}"
+
+
 def few_iterations_table() -> Table:
     """Return the trials of slow_processor: top-1 on held-out images, seeds, epochs and iterations in three minutes."""
-    right, logs = analysis.correct("slow_processor"), curves("slow_processor")
-    rows = []
-    for trial in sorted(right, key=lambda trial: analysis.top1(right[trial]).mean):
-        ends = [rows_of_run[-1] for (name, _), rows_of_run in logs.items() if name == trial]
-        epochs, steps = (mean(end[key] for end in ends) for key in ("epoch", "step"))
-        rows.append((trial, analysis.top1(right[trial]), len(ends), f"{epochs:.1f}", f"{steps:,.0f}"))
+    right = analysis.correct("slow_processor")
+    rows = [
+        (trial, analysis.top1(right[trial]), len(right[trial]), *_lengths("slow_processor", trial))
+        for trial in sorted(right, key=lambda trial: analysis.top1(right[trial]).mean)
+    ]
     return table(("images and batches", "held-out top-1 (%)", "seeds", "epochs", "iterations"), rows)
+
+
+def three_minutes_table() -> Table:
+    """Return the trials of three_minutes, sorted by their gain over the recipe: top-1, gain, epochs and iterations."""
+    right, base = analysis.correct("three_minutes"), "the recipe"
+    gains = _gains(right, base, [trial for trial in right if trial != base])
+    rows = [
+        (trial, analysis.top1(right[trial]), gains.get(trial, ""), *_lengths("three_minutes", trial))
+        for trial in [base, *sorted(gains, key=lambda trial: -gains[trial].value)]
+    ]
+    return table(("change", "held-out top-1 (%)", "gain (points, 95%)", "epochs", "iterations"), rows)
 
 
 def timed_runs(runs: Runs) -> Figure:
