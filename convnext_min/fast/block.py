@@ -40,7 +40,8 @@ class BlockFunction(Function):
         y, kept = compute(x, conv, eps, folded1, folded_bias, cast2, bias2, gamma, keep, ctx is not None)
         if ctx is not None:
             inputs = x, kernel, kernel_bias, scale, shift, weight1, bias1, weight2, bias2, gamma, keep
-            saved = *inputs, *kept, folded1, cast2
+            casts = () if dtype == torch.float32 else (folded1, cast2)  # in float32 the weights are enough
+            saved = *inputs, *kept, *casts
             ctx.save_for_backward(*saved)
             ctx.dtype, ctx.eps, ctx.kinds = dtype, eps, _kinds(saved)
         return y
@@ -53,8 +54,9 @@ class BlockFunction(Function):
             return None, None, *_pytorch_gradients(ctx, grad, saved[:11])
         x = saved[0].contiguous(memory_format=torch.channels_last)
         rest = [tensor.contiguous() for tensor in saved[1:]]  # saved-tensor hooks may have changed the layout
-        kernel, _, scale, shift, weight1, _, _, bias2, gamma, keep = rest[:10]
-        normed, stds, slope, hidden, branch, folded1, cast2 = rest[10:]
+        kernel, _, scale, shift, weight1, _, weight2, bias2, gamma, keep = rest[:10]
+        normed, stds, slope, hidden, branch, *casts = rest[10:]
+        folded1, cast2 = casts or (weight1 * scale, weight2)
         dtype, padding = ctx.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
         grad = grad.contiguous(memory_format=torch.channels_last)
         compute = _back_in_blocks if has_products(dtype) else _back_in_passes
