@@ -27,8 +27,10 @@ def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:
         ours = "for small data"
         if summary["recipe"]["batch_size"] == 64:
             ours += ", first version"
+        elif summary["recipe"]["dims"]:
+            ours += ", half the width"
         elif summary["recipe"]["minutes"] == 30:
-            ours += ", smaller images"
+            ours += ", smaller images" if summary["recipe"]["cutmix"] else ", no mixing"
         row = (recipe[1] if recipe else ours, results.processor(summary))
         found[row][summary["recipe"]["minutes"]].append((path.parent.relative_to(RESULTS), summary["top1"]))
     return found

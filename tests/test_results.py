@@ -30,24 +30,27 @@ def test_a_run_kept_to_its_time_and_saw_all_images(path):
 def test_a_run_for_some_minutes_had_the_values_of_its_recipe(path):
     summary = json.loads(path.read_text())
     recipe = recipes.get(f"imagenette-{summary['recipe']['minutes']}min")
-    old = {  # minutes, batch size: what the first versions of two recipes had, and what was tried in the third
-        (3, 64): {"base_lr": 1.6e-2, "resolution": 96, "eval_resolution": 96, "progressive": ((0.6, 64),)},
-        (10, 64): {
+    small = {
+        "base_lr": 1.1e-2,
+        "resolution": 96,
+        "eval_resolution": 96,
+        "progressive": ((0.3, 48), (0.7, 64)),
+    }
+    old = {  # minutes, batch, CutMix: what the first versions of two recipes had, and what was tried in the third
+        (3, 64, 0.0): {"base_lr": 1.6e-2, "resolution": 96, "eval_resolution": 96, "progressive": ((0.6, 64),)},
+        (10, 64, 0.0): {
             "base_lr": 1.2e-2,
             "resolution": 128,
             "eval_resolution": 128,
             "progressive": ((0.3, 64), (0.8, 96)),
         },
-        (30, 128): {
-            "base_lr": 1.1e-2,
-            "resolution": 96,
-            "eval_resolution": 96,
-            "progressive": ((0.3, 48), (0.7, 64)),
-        },
+        (30, 128, 1.0): small,
+        (30, 128, 0.0): small | {"mixup": 0.0, "cutmix": 0.0},
     }
-    batch_size = summary["recipe"]["batch_size"]
-    recipe = replace(recipe, batch_size=batch_size, **old.get((recipe.minutes, batch_size), {}))
     recorded = recipes.complete(recipes.Recipe, summary["recipe"])
+    changes = old.get((recipe.minutes, recorded["batch_size"], recorded["cutmix"]), {})
+    changes |= {"dims": (20, 40, 80, 160)} if recorded["dims"] else {}
+    recipe = replace(recipe, batch_size=recorded["batch_size"], **changes)
     assert json.loads(json.dumps(asdict(recipe))) == json.loads(json.dumps(recorded))
 
 

@@ -1,6 +1,7 @@
 """Figures and tables of the recorded trainings on Imagenette and of the speed measurements (book/results)."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
@@ -38,6 +39,9 @@ TIMED_RUNS: Runs = (
     ("for small data", "10min-seed-3"),
     ("for small data", "10min-seed-4"),
     ("for small data, smaller images", "30min-seed-2"),
+    ("for small data, no mixing", "30min-seed-3"),
+    ("for small data, half the width", "3min-seed-10"),
+    ("for small data, half the width", "3min-seed-11"),
     ("plain", "plain-3min-seed-0"),
     ("timm", "timm-3min-seed-0"),
     ("timm", "timm-3min-seed-1"),
@@ -54,14 +58,17 @@ TIMED_PAIRS = (  # runs of the same length on the same processor, which can be c
     ("timm-30min-seed-0", "30min-seed-1"),
     ("3min-seed-7", "3min-seed-5"),
     ("3min-seed-3", "3min-seed-8"),
+    ("3min-seed-8", "3min-seed-10"),
     ("10min-seed-1", "10min-seed-3"),
     ("30min-seed-1", "30min-seed-2"),
+    ("30min-seed-1", "30min-seed-3"),
 )
 
 
 def command(run: str) -> str:
     """Return the command that made a run in book/results/imagenette, without its folders."""
-    return re.sub(r" --(output|data) [^ ]+", "", " ".join(results.values(f"imagenette/{run}/summary.json")["command"]))
+    words = results.values(f"imagenette/{run}/summary.json")["command"]
+    return re.sub(r" --(output|data) [^ ]+", "", shlex.join(words))
 
 
 def _numbers(row: Mapping[str, str]) -> Row:
@@ -214,6 +221,20 @@ def three_minutes_table() -> Table:
     return table(("change", "held-out top-1 (%)", "gain (points, 95%)", "epochs", "iterations"), rows)
 
 
+def evaluations_table() -> Table:
+    """Return top-1 of trained networks by the resolution of the images, without and with their mirror images."""
+    by_run: dict[str, list[dict]] = {}
+    for row in results.values("imagenette/tried.json")["evaluations"]:
+        by_run.setdefault(row["run"], []).append(row)
+    rows = []
+    for run, found in by_run.items():
+        label = f"{run}; {found[0]['images']:,} images"
+        for row in found:
+            rows.append((label, str(row["resolution"]), f"{row['top1']:.1%}", f"{row['mirrored']:.1%}"))
+            label = ""
+    return table(("network", "pixels", "top-1", "with the mirror image"), rows)
+
+
 def timed_runs(runs: Runs) -> Figure:
     """Plot top-1 of timed runs over their minutes: a dot per run, a line per recipe and processor.
 
@@ -222,7 +243,7 @@ def timed_runs(runs: Runs) -> Figure:
     """
     fig, ax = figure(4.6)
     groups = _timed(runs)
-    colors = dict(zip(dict.fromkeys(label for label, _, _ in groups), (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)))
+    colors = dict(zip(dict.fromkeys(label for label, _, _ in groups), (BLUE, ORANGE, PURPLE, GREEN, RED, GREY, INK)))
     styles = dict(zip(dict.fromkeys(cpu for _, cpu, _ in groups), (("-", "o"), ("--", "D"), (":", "s"), ("-.", "^"))))
     for label, cpu in dict.fromkeys((label, cpu) for label, cpu, _ in groups):
         dashes, marker = styles[cpu]
