@@ -8,6 +8,7 @@ from statistics import mean
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
@@ -405,7 +406,8 @@ def errors_in_common(wrong: np.ndarray) -> Figure:
     counts = np.bincount(wrong.sum(0), minlength=runs + 1)
     ax.bar(range(runs + 1), counts, color=BLUE, alpha=0.8, label="counted")
     ax.plot(range(runs + 1), by_chance * images, "o", color=ORANGE, label="if runs were independent")
-    ax.set(xlabel=f"number of runs that are wrong, of {runs}", ylabel="validation images", xticks=range(runs + 1))
+    ax.set(xlabel=f"number of runs that are wrong, of {runs}", ylabel="validation images")
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.legend()
     return fig
 
