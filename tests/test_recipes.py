@@ -273,6 +273,7 @@ def test_a_recipe_is_shown_with_the_source_of_each_value():
         ("head_init_scale", "1.0", "Table 5"),
         ("clip_grad", "None", "Table 5"),
         ("min_lr", "1e-06", "released code"),
+        ("eval_resolution", "224", "section 3.1"),
         ("amp", "'auto'", "this package"),
     ):
         assert lines[field].startswith(value) and lines[field].endswith(source)
