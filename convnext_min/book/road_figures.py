@@ -263,7 +263,7 @@ def times_by_recipe() -> Table:
 
 # The last steps of the road, with other initial weights and other learning rates
 
-ON_ROAD, OWN_RATE, BOTH = "as on the road", "own learning rate", "fan-in, own learning rate"
+ON_ROAD, OWN_RATE, BOTH = "as on the road", "own learning rate", "fan-in, at that rate"
 VARIANTS = {
     ON_ROAD: (INK, "o"),
     "fan-in": (PURPLE, "s"),
