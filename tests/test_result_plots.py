@@ -252,6 +252,20 @@ def test_changes_of_the_three_minutes_are_compared_with_the_recipe(results_folde
     assert worse[0] == "worse" and worse[2].startswith("-10.0 (")
 
 
+def test_evaluations_of_a_run_are_one_group_of_rows(results_folder):
+    (results_folder / "imagenette").mkdir()
+    evaluations = [
+        {"run": run, "images": 1953, "resolution": resolution, "top1": 0.5, "mirrored": mirrored}
+        for run, resolution, mirrored in (("a", 96, 0.512), ("a", 128, 0.52), ("b", 96, 0.53))
+    ]
+    (results_folder / "imagenette" / "tried.json").write_text(json.dumps({"evaluations": evaluations}))
+    assert result_figures.evaluations_table().rows == (
+        ("a; 1,953 images", "96", "50.0%", "51.2%"),
+        ("", "128", "50.0%", "52.0%"),
+        ("b; 1,953 images", "96", "50.0%", "53.0%"),
+    )
+
+
 @pytest.mark.parametrize("name", ["predictions", "answers"])
 def test_predictions_of_earlier_runs_have_another_name(name, results_folder):
     (results_folder / "imagenette" / "one").mkdir(parents=True)
