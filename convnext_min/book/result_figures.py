@@ -274,9 +274,11 @@ def benchmark_table(*names: str) -> Table:
     for name in names:
         outcome = results.values(f"speed/{name}.json")
         what = "{model}, {resolution} px, {batch_size} images".format(**outcome)
+        slowest = min(result["images_per_second"]["median"] for result in outcome["results"].values())
+        digits = 1 if slowest < 10 else 0
         for contestant, result in outcome["results"].items():
             speed, ratio = result["images_per_second"], result["ratio"]
-            speed = f"{speed['median']:.0f} ({speed['low']:.0f}–{speed['high']:.0f})"
+            speed = f"{speed['median']:.{digits}f} ({speed['low']:.{digits}f}–{speed['high']:.{digits}f})"
             ratio = (
                 ""
                 if contestant == "convnext_min"
