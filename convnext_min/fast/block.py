@@ -20,6 +20,9 @@ from convnext_min.fast.layers import (
     needs_pytorch,
 )
 
+WIDEST_SUM = 96  # channels up to which the gradients of both weights stay in the cache while rows are added to them
+SUMS = 16  # parts of these gradients
+
 
 class BlockFunction(Function):
     """Compute a ConvNeXt block, x (N, C, H, W) in float32 to the same shape, with matrix products in `dtype`.
@@ -60,10 +63,9 @@ class BlockFunction(Function):
         dtype, padding = ctx.dtype, (kernel.shape[2] // 2, kernel.shape[2] // 2)
         grad = grad.contiguous(memory_format=torch.channels_last)
         compute = _back_in_blocks if has_products(dtype) else _back_in_passes
-        d_branch, d_hidden, d_conv, sums, d_bias1 = compute(
-            grad, normed, stds, slope, branch, folded1, cast2, bias2, gamma, keep
+        d_conv, sums, d_folded1, d_bias1, d_weight2 = compute(
+            grad, normed, stds, slope, hidden, branch, folded1, cast2, bias2, gamma, keep
         )
-        d_weight2, d_folded1 = d_branch.t() @ hidden, (d_hidden.t() @ normed).float()
         d_x = depthwise_input_grad(d_conv, kernel, x.shape, (1, 1), padding).add_(grad)
         d_kernel = depthwise_weight_grad(x, d_conv, kernel.shape, (1, 1), padding)
         d_bias2, d_gamma, d_kernel_bias = sums.sum(1)
@@ -102,8 +104,8 @@ def _in_blocks(x, conv, eps, weight1, bias1, weight2, bias2, gamma, keep, traini
     return y, kept
 
 
-def _back_in_passes(grad, normed, stds, slope, branch, weight1, weight2, bias2, gamma, keep):
-    """Return the gradients of the branch, the hidden layer and `conv`, sums for biases and gamma, and for `bias1`."""
+def _back_in_passes(grad, normed, stds, slope, hidden, branch, weight1, weight2, bias2, gamma, keep):
+    """Return the gradients of `conv`, sums for biases and gamma, and the gradients of weight1, bias1 and weight2."""
     n, c, h, w = grad.shape
     rows, dtype = n * h * w, weight1.dtype
     d_branch, sums, d_bias1 = torch.empty_like(branch), grad.new_zeros(3, PARTS, c), grad.new_zeros(PARTS, 4 * c)
@@ -112,18 +114,32 @@ def _back_in_passes(grad, normed, stds, slope, branch, weight1, weight2, bias2, 
     run(dtype, "bias_gelu_back", PARTS, rows, 4 * c, d_hidden, slope, d_bias1)  # in place
     d_normed, d_conv = d_hidden @ weight1, torch.empty_like(grad)
     run(dtype, "normalize_back", PARTS, rows, c, d_normed, normed, stds, d_conv, sums[2])
-    return d_branch, d_hidden, d_conv, sums, d_bias1
+    return d_conv, sums, (d_hidden.t() @ normed).float(), d_bias1, d_branch.t() @ hidden
 
 
-def _back_in_blocks(grad, normed, stds, slope, branch, weight1, weight2, bias2, gamma, keep):
-    """Return the same as `_back_in_passes`, computed a few rows at a time, which stay in the cache."""
+def _back_in_blocks(grad, normed, stds, slope, hidden, branch, weight1, weight2, bias2, gamma, keep):
+    """Return the same as `_back_in_passes`, computed a few rows at a time, which stay in the cache.
+
+    In a narrow block the same rows are also added to the gradients of the weights; the wide gradient is then not kept.
+    """
     n, c, h, w = grad.shape
-    rows, parts = n * h * w, _parts(n * h * w)
-    d_branch, d_hidden, d_conv = (torch.empty_like(tensor) for tensor in (branch, slope, grad))
+    rows, parts, d_conv = n * h * w, _parts(n * h * w), torch.empty_like(grad)
+    d_branch = d_hidden = d_weights = None
+    if c % 4 == 0 and c <= WIDEST_SUM:
+        parts = min(parts, SUMS)
+        d_weights = grad.new_zeros(parts, 2, c, 4 * c)
+    else:
+        d_branch, d_hidden = torch.empty_like(branch), torch.empty_like(slope)
     sums, d_bias1 = grad.new_zeros(3, parts, c), grad.new_zeros(parts, 4 * c)
-    saved = normed, stds, slope, branch, pack(weight1), pack(weight2), bias2, gamma, keep
-    run(grad.dtype, "pointwise_back", parts, rows, c, h * w, grad, *saved, d_branch, d_hidden, d_conv, *sums, d_bias1)
-    return d_branch, d_hidden, d_conv, sums, d_bias1
+    saved = normed, stds, slope, hidden, branch, pack(weight1), pack(weight2), bias2, gamma, keep
+    gradients = d_branch, d_hidden, d_weights, d_conv, *sums, d_bias1
+    run(grad.dtype, "pointwise_back", parts, rows, c, h * w, grad, *saved, *gradients)
+    if d_weights is None:
+        d_weight1, d_weight2 = d_hidden.t() @ normed, d_branch.t() @ hidden
+    else:
+        d_weight2, transposed = d_weights.sum(0)
+        d_weight1 = transposed.t()
+    return d_conv, sums, d_weight1, d_bias1, d_weight2
 
 
 def _parts(rows: int) -> int:

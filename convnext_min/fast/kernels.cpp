@@ -314,6 +314,31 @@ void times(i64 rows, i64 K, i64 N, const float* x, const float* packed, float* y
   }
 }
 
+// R rows and 2 * LANES columns of c (M, N) += the same of x (rows, M) transposed times y (rows, N).
+template <int R>
+void add_tile(i64 rows, i64 M, i64 N, const float* x, const float* y, float* c) {
+  lanes sum[R][2];
+  for (int i = 0; i < R; i++)
+    for (int v = 0; v < 2; v++) sum[i][v] = *(const loose*)(c + i * N + v * LANES);
+#pragma GCC unroll 4
+  for (i64 r = 0; r < rows; r++, x += M, y += N) {
+    const lanes left = *(const loose*)y, right = *(const loose*)(y + LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) sum[i][0] += x[i] * left, sum[i][1] += x[i] * right;
+  }
+  for (int i = 0; i < R; i++)
+    for (int v = 0; v < 2; v++) *(loose*)(c + i * N + v * LANES) = sum[i][v];
+}
+
+// c (M, N) += x (rows, M) transposed times y (rows, N), for even M and N a multiple of 2 * LANES.
+void add_product(i64 rows, i64 M, i64 N, const float* x, const float* y, float* c) {
+  for (i64 n = 0; n < N; n += 2 * LANES)
+    for (i64 m = 0; m < M; m += 6) {
+      auto tile = M - m == 2 ? add_tile<2> : M - m == 4 ? add_tile<4> : add_tile<6>;
+      tile(rows, M, N, x + m, y + n, c + m * N + n);
+    }
+}
+
 // The block after its depthwise convolution, whose output is `conv`. `normed`, `scale`, `slope`, `hidden` and `branch`
 // are kept for the way back; without one, they are null.
 extern "C" void pointwise(int threads, i64 parts, i64 rows, i64 C, i64 pixels, float eps, const float* x,
@@ -340,25 +365,32 @@ extern "C" void pointwise(int threads, i64 parts, i64 rows, i64 C, i64 pixels, f
   }
 }
 
-// Its way back to `dconv`. `dbranch` and `dhidden` are kept for the gradients of the weights; the four gradients after
-// `dconv` come in `parts`, and `dbias` is that of the depthwise convolution.
+// Its way back to `dconv`. Without `dweights`, `dbranch` and `dhidden` are kept for the gradients of the weights. With
+// it, they are null, and the gradients of the second and of the transposed first weight are added up in its `parts`, for
+// C a multiple of 4. The four gradients after `dconv` come in `parts`; `dbias` is that of the depthwise convolution.
 extern "C" void pointwise_back(int threads, i64 parts, i64 rows, i64 C, i64 pixels, const float* dy,
-                               const float* normed, const float* scale, const float* slope, const float* branch,
-                               const float* weight1, const float* weight2, const float* bias2, const float* gamma,
-                               const float* keep, float* dbranch, float* dhidden, float* dconv, float* dbias2,
-                               float* dgamma, float* dbias, float* dbias1) {
+                               const float* normed, const float* scale, const float* slope, const float* hidden,
+                               const float* branch, const float* weight1, const float* weight2, const float* bias2,
+                               const float* gamma, const float* keep, float* dbranch, float* dhidden, float* dweights,
+                               float* dconv, float* dbias2, float* dgamma, float* dbias, float* dbias1) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> dnormed(ROWS * C);
+    std::vector<float> dnormed(ROWS * C), own(dweights ? ROWS * 5 * C : 0);
+    float *db = own.data(), *dh = db + ROWS * C;
 #pragma omp for schedule(dynamic)
     for (i64 part = 0; part < parts; part++)
       for (i64 r = rows * part / parts, end = rows * (part + 1) / parts; r < end; r += ROWS) {
         const i64 some = std::min(ROWS, end - r), c = r * C, c4 = r * 4 * C, p = part * C, p4 = part * 4 * C;
-        scale_add_back(1, 1, r, some, C, pixels, dy + c, branch + c, bias2, gamma, keep, dbranch + c, dbias2 + p,
-                       dgamma + p);
-        times(some, C, 4 * C, dbranch + c, weight2, dhidden + c4);
-        bias_gelu_back(1, 1, some, 4 * C, dhidden + c4, slope + c4, dbias1 + p4);
-        times(some, 4 * C, C, dhidden + c4, weight1, dnormed.data());
+        if (!dweights) db = dbranch + c, dh = dhidden + c4;
+        scale_add_back(1, 1, r, some, C, pixels, dy + c, branch + c, bias2, gamma, keep, db, dbias2 + p, dgamma + p);
+        times(some, C, 4 * C, db, weight2, dh);
+        bias_gelu_back(1, 1, some, 4 * C, dh, slope + c4, dbias1 + p4);
+        times(some, 4 * C, C, dh, weight1, dnormed.data());
+        if (dweights) {
+          float* dw = dweights + part * 8 * C * C;
+          add_product(some, C, 4 * C, db, hidden + c4, dw);
+          add_product(some, C, 4 * C, normed + c, dh, dw + 4 * C * C);
+        }
         normalize_back(1, 1, some, C, dnormed.data(), normed + c, scale + r, dconv + c, dbias + p);
       }
   }
