@@ -24,15 +24,16 @@ def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:
     found = defaultdict(lambda: defaultdict(list))
     for path in SUMMARIES:
         summary, recipe = json.loads(path.read_text()), re.match(r"(\w+)-\d+min", path.parent.name)
-        ours = "for small data"
-        if summary["recipe"]["batch_size"] == 64:
+        ours, used = "for small data", summary["recipe"]
+        if used["minutes"] == 30:
+            ours += ", first version" + ", smaller images" * (used["resolution"] == 96)
+            ours += ", larger batches" * (used["batch_size"] == 128) + ", no mixing" * (not used["cutmix"])
+        elif used["batch_size"] == 64:
             ours += ", first version"
-        elif summary["recipe"]["dims"]:
+        elif used["dims"]:
             ours += ", half the width"
-        elif summary["recipe"]["minutes"] == 30:
-            ours += ", smaller images" if summary["recipe"]["cutmix"] else ", no mixing"
         row = (recipe[1] if recipe else ours, results.processor(summary))
-        found[row][summary["recipe"]["minutes"]].append((path.parent.relative_to(RESULTS), summary["top1"]))
+        found[row][used["minutes"]].append((path.parent.relative_to(RESULTS), summary["top1"]))
     return found
 
 

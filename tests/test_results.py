@@ -16,12 +16,20 @@ from convnext_min.convnext import ConvNeXt
 
 ROOT = Path(__file__).parents[1]
 SUMMARIES = sorted((ROOT / "book" / "results" / "imagenette").glob("*/summary.json"))
+HELD_OUT = sorted((ROOT / "book" / "results" / "imagenette").glob("held_out/*/summary.json"))
 
 
 @pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
 def test_a_run_kept_to_its_time_and_saw_all_images(path):
     summary = json.loads(path.read_text())
     assert summary["images"] == 3925 and summary["seconds"] <= 60 * summary["recipe"]["minutes"]
+
+
+@pytest.mark.parametrize("path", HELD_OUT, ids=lambda path: path.parent.name)
+def test_a_run_that_was_to_help_choose_saw_no_validation_images(path):
+    summary = json.loads(path.read_text())
+    assert "--holdout" in summary["command"] and "/train: 9,469 images" in summary["validation"]
+    assert summary["images"] == 953 and summary["seconds"] <= 60 * summary["recipe"]["minutes"]
 
 
 @pytest.mark.parametrize(
@@ -36,19 +44,17 @@ def test_a_run_for_some_minutes_had_the_values_of_its_recipe(path):
         "eval_resolution": 96,
         "progressive": ((0.3, 48), (0.7, 64)),
     }
-    old = {  # minutes, batch, CutMix: what the first versions of two recipes had, and what was tried in the third
-        (3, 64, 0.0): {"base_lr": 1.6e-2, "resolution": 96, "eval_resolution": 96, "progressive": ((0.6, 64),)},
-        (10, 64, 0.0): {
-            "base_lr": 1.2e-2,
-            "resolution": 128,
-            "eval_resolution": 128,
-            "progressive": ((0.3, 64), (0.8, 96)),
-        },
-        (30, 128, 1.0): small,
-        (30, 128, 0.0): small | {"mixup": 0.0, "cutmix": 0.0},
+    large = {"resolution": 128, "eval_resolution": 128, "progressive": ((0.3, 64), (0.8, 96))}
+    old = {  # minutes, batch, CutMix, side: what the first versions of two recipes had, and what was tried in the third
+        (3, 64, 0.0, 96): {"base_lr": 1.6e-2, "resolution": 96, "eval_resolution": 96, "progressive": ((0.6, 64),)},
+        (10, 64, 0.0, 128): {"base_lr": 1.2e-2} | large,
+        (30, 128, 1.0, 96): small,
+        (30, 128, 0.0, 96): small | {"mixup": 0.0, "cutmix": 0.0},
+        (30, 64, 0.0, 128): {"base_lr": 1.1e-2, "mixup": 0.0, "cutmix": 0.0} | large,
+        (30, 128, 0.0, 128): {"base_lr": 1.1e-2, "mixup": 0.0, "cutmix": 0.0} | large,
     }
     recorded = recipes.complete(recipes.Recipe, summary["recipe"])
-    changes = old.get((recipe.minutes, recorded["batch_size"], recorded["cutmix"]), {})
+    changes = old.get((recipe.minutes, *(recorded[key] for key in ("batch_size", "cutmix", "resolution"))), {})
     changes |= {"dims": (20, 40, 80, 160)} if recorded["dims"] else {}
     recipe = replace(recipe, batch_size=recorded["batch_size"], **changes)
     assert json.loads(json.dumps(asdict(recipe))) == json.loads(json.dumps(recorded))
@@ -66,7 +72,7 @@ def test_a_benchmark_tried_every_setting_of_every_implementation(path):
     assert others == {"official", "timm", "torchvision"} and settings == 4 * formats
 
 
-@pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", SUMMARIES + HELD_OUT, ids=lambda path: path.parent.name)
 def test_a_run_says_how_to_repeat_it(path):
     summary = json.loads(path.read_text())
     assert len(summary["commit"]) == 40 and summary["versions"]["torch"] and summary["machine"]["cores"]

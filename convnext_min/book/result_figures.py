@@ -39,10 +39,6 @@ TIMED_RUNS: Runs = (
     ("for small data", "3min-seed-9"),
     ("for small data", "10min-seed-3"),
     ("for small data", "10min-seed-4"),
-    ("for small data, smaller images", "30min-seed-2"),
-    ("for small data, no mixing", "30min-seed-3"),
-    ("for small data, half the width", "3min-seed-10"),
-    ("for small data, half the width", "3min-seed-11"),
     ("plain", "plain-3min-seed-0"),
     ("timm", "timm-3min-seed-0"),
     ("timm", "timm-3min-seed-1"),
@@ -59,10 +55,34 @@ TIMED_PAIRS = (  # runs of the same length on the same processor, which can be c
     ("timm-30min-seed-0", "30min-seed-1"),
     ("3min-seed-7", "3min-seed-5"),
     ("3min-seed-3", "3min-seed-8"),
-    ("3min-seed-8", "3min-seed-10"),
     ("10min-seed-1", "10min-seed-3"),
+)
+TRIED_RUNS: Runs = (  # changes of the recipes for three and thirty minutes, on the slowest processor
+    ("the recipe", "3min-seed-8"),
+    ("the recipe", "3min-seed-9"),
+    ("half the width", "3min-seed-10"),
+    ("half the width", "3min-seed-11"),
+    ("the recipe", "30min-seed-1"),
+    ("smaller images, larger batches", "30min-seed-2"),
+    ("smaller images, larger batches, no mixing", "30min-seed-3"),
+    ("larger batches, no mixing", "30min-seed-4"),
+    ("no mixing", "30min-seed-5"),
+)
+TRIED_PAIRS = (
+    ("3min-seed-8", "3min-seed-10"),
     ("30min-seed-1", "30min-seed-2"),
     ("30min-seed-1", "30min-seed-3"),
+    ("30min-seed-1", "30min-seed-4"),
+    ("30min-seed-1", "30min-seed-5"),
+    ("30min-seed-3", "30min-seed-5"),
+    ("30min-seed-4", "30min-seed-5"),
+)
+HELD_OUT_RUNS: Runs = (  # in imagenette/held_out
+    ("the recipe", "10min"),
+    ("half the width", "10min-half-width"),
+    ("half the blocks, 1.4 times the width", "10min-half-depth"),
+    ("images of 48, 64 and 96 px", "30min"),
+    ("images of 64, 96 and 128 px", "30min-larger-images"),
 )
 
 
@@ -220,6 +240,16 @@ def three_minutes_table() -> Table:
         for trial in [base, *sorted(gains, key=lambda trial: -gains[trial].value)]
     ]
     return table(("change", "held-out top-1 (%)", "gain (points, 95%)", "epochs", "iterations"), rows)
+
+
+def held_out_table() -> Table:
+    """Return the single runs of ten and thirty minutes that were evaluated on held-out images, with their lengths."""
+    rows = []
+    for label, run in HELD_OUT_RUNS:
+        summary, end = results.values(f"imagenette/held_out/{run}/summary.json"), log(f"held_out/{run}")[-1]
+        top1, minutes = f"{summary['top1']:.1%}", f"{summary['recipe']['minutes']:g}"
+        rows.append((minutes, label, top1, f"{end['epoch']:.1f}", f"{end['step']:,.0f}"))
+    return table(("minutes", "network or images", "held-out top-1", "epochs", "iterations"), rows)
 
 
 def evaluations_table() -> Table:
