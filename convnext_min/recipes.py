@@ -251,7 +251,7 @@ _IMAGENETTE = Recipe(
 _SMALL_DATA = replace(
     _IMAGENETTE,
     evaluate_every=0,
-    optimizer="muon",
+    optimizer="nmuon",
     batch_size=128,
     base_lr=1.1e-2,
     stem="overlapping",
@@ -279,8 +279,8 @@ RECIPES = {
     # Small data, plain: the paper's optimizer, schedule and label smoothing, without Mixup and CutMix.
     "imagenette": _IMAGENETTE,
     # Three minutes from the start of the process to the result, with three changes to the network (see `train.models`)
-    # and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation.
-    # Results of this and the next two: book/results/imagenette
+    # and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation, and with Nesterov
+    # momentum, chosen by book/results/imagenette/held_out. Results of this and the next two: book/results/imagenette
     "imagenette-3min": _IMAGENETTE_3MIN,
     # Larger images at the end and smaller crops.
     "imagenette-10min": _IMAGENETTE_10MIN,

@@ -94,7 +94,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.stage_wise)
     options = {"betas": recipe.betas} if recipe.betas else {}
-    options |= MUON if recipe.optimizer == "muon" else {}
+    options |= MUON if recipe.optimizer in ("muon", "nmuon") else {}
     return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, **options)
 
 
