@@ -280,7 +280,7 @@ RECIPES = {
     "imagenette": _IMAGENETTE,
     # Three minutes from the start of the process to the result, with three changes to the network (see `train.models`)
     # and Muon (Jordan et al., 2024) in place of AdamW, chosen by book/results/small_data_ablation, and with Nesterov
-    # momentum, chosen by book/results/imagenette/held_out. Results of this and the next two: book/results/imagenette
+    # momentum, chosen by book/results/imagenette/tried.json. Results of this and the next two: book/results/imagenette
     "imagenette-3min": _IMAGENETTE_3MIN,
     # Larger images at the end and smaller crops.
     "imagenette-10min": _IMAGENETTE_10MIN,

@@ -142,14 +142,15 @@ def test_another_network_is_refused():
 # ---- Optimizers
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_muon_computes_in_bfloat16_only_where_the_machine_does(able, images, monkeypatch):
+@pytest.mark.parametrize("able, optimizer", [(True, "muon"), (False, "muon"), (False, "nmuon")])
+def test_muon_computes_in_bfloat16_only_where_the_machine_does(able, optimizer, images, monkeypatch):
     """Without instructions for it, a step in bfloat16 takes seconds."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
     bfloat16, float32 = Mock(wraps=muon.zeropower_via_newtonschulz), Mock(wraps=newton_schulz_float32)
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", bfloat16)
     monkeypatch.setattr(optim, "newton_schulz_float32", float32)
-    run = new_trainer(replace(TINY, optimizer="muon", amp="auto"), images)
+    run = new_trainer(replace(TINY, optimizer=optimizer, amp="auto"), images)
+    assert run.optimizer.defaults["nesterov"] == (optimizer == "nmuon")
     run.train_step(*next(iter(run.batches.epoch(0))))
     assert (bfloat16.called, float32.called) == (able, not able)
     for call in (bfloat16 if able else float32).call_args_list:

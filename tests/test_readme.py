@@ -28,10 +28,10 @@ def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:
         if used["minutes"] == 30:
             ours += ", first version" + ", smaller images" * (used["resolution"] == 96)
             ours += ", larger batches" * (used["batch_size"] == 128) + ", no mixing" * (not used["cutmix"])
-        elif used["batch_size"] == 64:
-            ours += ", first version"
-        elif used["dims"]:
-            ours += ", half the width"
+            ours += ", Nesterov momentum" * (used["optimizer"] == "nmuon")
+        elif used["optimizer"] == "muon":
+            ours += ", first version" if used["batch_size"] == 64 else ", second version"
+            ours += ", half the width" * bool(used["dims"])
         row = (recipe[1] if recipe else ours, results.processor(summary))
         found[row][used["minutes"]].append((path.parent.relative_to(RESULTS), summary["top1"]))
     return found

@@ -270,6 +270,17 @@ def test_evaluations_of_a_run_are_one_group_of_rows(results_folder):
     )
 
 
+def test_changes_of_the_optimizer_follow_the_run_without_them(results_folder):
+    log = [{"epoch": epoch, "val_loss": 0.7 / epoch, "ema_top1": 0.4 * epoch} for epoch in (1, 2)]
+    write_csv(results_folder / "imagenette" / "held_out" / "10min" / "log.csv", log)
+    changes = [{"change": "a", "top1": 0.875, "val_loss": 0.3256, "epochs": 1.96}]
+    (results_folder / "imagenette" / "tried.json").write_text(json.dumps({"optimizers": changes}))
+    assert result_figures.optimizers_table().rows == (
+        ("second version", "80.0%", "0.350", "2.0"),
+        ("a", "87.5%", "0.326", "2.0"),
+    )
+
+
 @pytest.mark.parametrize("name", ["predictions", "answers"])
 def test_predictions_of_earlier_runs_have_another_name(name, results_folder):
     (results_folder / "imagenette" / "one").mkdir(parents=True)

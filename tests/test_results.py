@@ -56,7 +56,8 @@ def test_a_run_for_some_minutes_had_the_values_of_its_recipe(path):
     recorded = recipes.complete(recipes.Recipe, summary["recipe"])
     changes = old.get((recipe.minutes, *(recorded[key] for key in ("batch_size", "cutmix", "resolution"))), {})
     changes |= {"dims": (20, 40, 80, 160)} if recorded["dims"] else {}
-    recipe = replace(recipe, batch_size=recorded["batch_size"], **changes)
+    assert recorded["optimizer"] in ("muon", "nmuon")  # without and with Nesterov momentum
+    recipe = replace(recipe, batch_size=recorded["batch_size"], optimizer=recorded["optimizer"], **changes)
     assert json.loads(json.dumps(asdict(recipe))) == json.loads(json.dumps(recorded))
 
 

@@ -33,12 +33,16 @@ TIMED_RUNS: Runs = (
     ("for small data, first version", "10min-seed-2"),
     ("for small data, first version", "30min-seed-1"),
     ("for small data, first version", "3min-seed-7"),
-    ("for small data", "3min-seed-5"),
-    ("for small data", "3min-seed-6"),
-    ("for small data", "3min-seed-8"),
-    ("for small data", "3min-seed-9"),
-    ("for small data", "10min-seed-3"),
-    ("for small data", "10min-seed-4"),
+    ("for small data, second version", "3min-seed-5"),
+    ("for small data, second version", "3min-seed-6"),
+    ("for small data, second version", "3min-seed-8"),
+    ("for small data, second version", "3min-seed-9"),
+    ("for small data, second version", "10min-seed-3"),
+    ("for small data, second version", "10min-seed-4"),
+    ("for small data", "3min-seed-12"),
+    ("for small data", "3min-seed-13"),
+    ("for small data", "10min-seed-5"),
+    ("for small data", "10min-seed-6"),
     ("plain", "plain-3min-seed-0"),
     ("timm", "timm-3min-seed-0"),
     ("timm", "timm-3min-seed-1"),
@@ -49,24 +53,28 @@ TIMED_RUNS: Runs = (
 TIMED_PAIRS = (  # runs of the same length on the same processor, which can be compared image by image
     ("plain-3min-seed-0", "3min-seed-0"),
     ("timm-3min-seed-0", "3min-seed-0"),
-    ("timm-3min-seed-1", "3min-seed-8"),
+    ("timm-3min-seed-1", "3min-seed-12"),
     ("timm-3min-seed-2", "3min-seed-5"),
-    ("timm-10min-seed-0", "10min-seed-3"),
+    ("timm-10min-seed-0", "10min-seed-5"),
     ("timm-30min-seed-0", "30min-seed-1"),
     ("3min-seed-7", "3min-seed-5"),
     ("3min-seed-3", "3min-seed-8"),
     ("10min-seed-1", "10min-seed-3"),
+    ("3min-seed-8", "3min-seed-12"),
+    ("10min-seed-3", "10min-seed-5"),
 )
 TRIED_RUNS: Runs = (  # changes of the recipes for three and thirty minutes, on the slowest processor
-    ("the recipe", "3min-seed-8"),
-    ("the recipe", "3min-seed-9"),
+    ("second version", "3min-seed-8"),
+    ("second version", "3min-seed-9"),
     ("half the width", "3min-seed-10"),
     ("half the width", "3min-seed-11"),
-    ("the recipe", "30min-seed-1"),
+    ("first version", "30min-seed-1"),
     ("smaller images, larger batches", "30min-seed-2"),
     ("smaller images, larger batches, no mixing", "30min-seed-3"),
     ("larger batches, no mixing", "30min-seed-4"),
     ("no mixing", "30min-seed-5"),
+    ("no mixing", "30min-seed-6"),
+    ("no mixing, Nesterov momentum", "30min-seed-7"),
 )
 TRIED_PAIRS = (
     ("3min-seed-8", "3min-seed-10"),
@@ -76,9 +84,10 @@ TRIED_PAIRS = (
     ("30min-seed-1", "30min-seed-5"),
     ("30min-seed-3", "30min-seed-5"),
     ("30min-seed-4", "30min-seed-5"),
+    ("30min-seed-5", "30min-seed-7"),
 )
 HELD_OUT_RUNS: Runs = (  # in imagenette/held_out
-    ("the recipe", "10min"),
+    ("second version", "10min"),
     ("half the width", "10min-half-width"),
     ("half the blocks, 1.4 times the width", "10min-half-depth"),
     ("images of 48, 64 and 96 px", "30min"),
@@ -250,6 +259,17 @@ def held_out_table() -> Table:
         top1, minutes = f"{summary['top1']:.1%}", f"{summary['recipe']['minutes']:g}"
         rows.append((minutes, label, top1, f"{end['epoch']:.1f}", f"{end['step']:,.0f}"))
     return table(("minutes", "network or images", "held-out top-1", "epochs", "iterations"), rows)
+
+
+def optimizers_table() -> Table:
+    """Return changes of the optimizer in runs of ten minutes: top-1 and loss on held-out images, and epochs."""
+    end = log("held_out/10min")[-1]
+    second = {"change": "second version", "top1": end["ema_top1"], "val_loss": end["val_loss"], "epochs": end["epoch"]}
+    rows = [
+        (row["change"], f"{row['top1']:.1%}", f"{row['val_loss']:.3f}", f"{row['epochs']:.1f}")
+        for row in (second, *results.values("imagenette/tried.json")["optimizers"])
+    ]
+    return table(("optimizer", "held-out top-1", "held-out loss", "epochs"), rows)
 
 
 def evaluations_table() -> Table:

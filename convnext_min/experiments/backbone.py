@@ -25,10 +25,12 @@ from convnext_min.train.trainer import RunConfig
 
 NEW = 3  # classes that the backbone does not see
 RECIPE = "imagenette-30min"
-SETTINGS = {  # what differs from the recipe; the stem of the paper, so that every library can load the weights
-    "convnext_atto": ("stem=patchify",),
+# What differs from the recipe: the stem of the paper, so that every library can load the weights, and no Nesterov
+# momentum, which the recipe got after these weights were made.
+SETTINGS = {
+    "convnext_atto": ("stem=patchify", "optimizer=muon"),
     # 2% fewer parameters and 10% more MACs than convnext_atto; the road has no layer scale
-    "road:resnet50": ("stem=patchify", "layer_scale_init=1e-6", "width_multiplier=0.375"),
+    "road:resnet50": ("stem=patchify", "optimizer=muon", "layer_scale_init=1e-6", "width_multiplier=0.375"),
 }
 
 CARD = """---
