@@ -120,6 +120,7 @@ class Recipe:
     progressive: tuple[tuple[float, int], ...] = field((), STAGES)  # ((0.4, 96),): 96 px until 40% of the run
     eval_resolution: int = field(128, SIDE, ("section 3.1",) * 2)
     eval_crop: float = field(1.0, SHARE, ("appendix A.2",) * 2)  # loader="disk": crop side over image side; 1: whole
+    test_flip: bool = field(False)  # evaluation: the mean of the outputs for an image and its mirror image
     crop_scale: tuple[float, float] = field((0.08, 1.0), AREAS, CODE)  # area of a random crop, as image fractions
     exif_orientation: bool = field(True)  # turn images upright; False: as stored, as the released code reads them
 

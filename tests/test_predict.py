@@ -26,6 +26,7 @@ RECIPE = Recipe(
     resolution=32,
     eval_resolution=32,
     image_size=48,
+    test_flip=True,
     layer_scale_init=1.0,
     depths=(1, 1, 1, 1),
     dims=(8, 8, 16, 16),
@@ -89,13 +90,15 @@ def test_bad_images_are_named_and_the_others_answered(trained, tmp_path, capsys)
     assert out.startswith(files[3]) and answers[3] in out
 
 
-def test_an_image_is_prepared_as_the_recipe_that_reads_from_the_disk_evaluates(trained):
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_image_is_prepared_as_the_recipe_that_reads_from_the_disk_evaluates(trained, flip):
     model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    recipe = recipes.get("in1k", model="convnext_tiny")
+    recipe = replace(recipes.get("in1k", model="convnext_tiny"), test_flip=flip)
     given = predict.predict_file(model, Path(trained[1][0]), recipe)
     with Image.open(trained[1][0]) as image:
         x = disk.transform(recipe, False, recipe.eval_resolution)(image)
-    assert x.shape == (3, 224, 224) and torch.equal(given, model(x[None]).softmax(1)[0])
+    both = model(torch.stack([x, x.flip(-1)]))
+    assert x.shape == (3, 224, 224) and torch.allclose(given, both[: 1 + flip].mean(0).softmax(0))
 
 
 def test_a_bad_checkpoint_is_named(trained, tmp_path, capsys):

@@ -190,6 +190,7 @@ def test_weights_of_a_run_are_evaluated_as_in_the_run(folder, tmp_path, capsys, 
         (("--resolution", "64"), (64, 0.9)),
         (("--resolution", "384"), (384, 1.0)),
         (("--set", "eval_crop=0.8"), (48, 0.8)),
+        (("--set", "test_flip=True"), (48, 0.9)),
     ],
 )
 def test_released_weights_are_evaluated_at_their_resolution_or_the_given_one(
@@ -200,9 +201,10 @@ def test_released_weights_are_evaluated_at_their_resolution_or_the_given_one(
     asked = ("--evaluate", str(path), "--data", str(folder), "--set", "amp=fp32", *more)
     top1, loss, rest = evaluated(capsys, *asked)
     recipe = replace(recipes.get("in1k", model="convnext_tiny"), eval_resolution=prepared[0], eval_crop=prepared[1])
-    expected = evaluate(network, disk.loader(folder, "val", recipe, False, workers=0), "fp32")
+    flip = "test_flip=True" in more
+    expected = evaluate(network, disk.loader(folder, "val", recipe, False, workers=0), "fp32", flip=flip)
     assert (top1, loss) == pytest.approx((100 * expected.top1, expected.loss), abs=1e-2)
-    assert f"at {prepared[0]} px, crop {prepared[1]:g}, " in rest
+    assert f"at {prepared[0]} px, crop {prepared[1]:g}, " in rest and ("with mirror images, " in rest) == flip
 
 
 @pytest.mark.parametrize(

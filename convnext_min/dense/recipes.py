@@ -50,7 +50,6 @@ class DenseRecipe(Recipe):
     crop: int = field(512, SIDE)  # segmentation: side of a random crop
     photometric: str = field("mmseg", one_of("mmseg", "torchvision"))  # segmentation: whose random colours
     test_scales: tuple[float, ...] = field((1.0,), SCALES)  # segmentation: predictions at these sizes are averaged
-    test_flip: bool = False  # segmentation: also averaged with predictions for the mirror image
     window: int = field(0, WINDOW)  # segmentation: side of a sliding window in evaluation; 0: whole images
 
     # Heads

@@ -130,12 +130,13 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> Evaluati
     if device.type == "cpu" and args.accelerate:
         fast.accelerate(model)
     started = time.perf_counter()
-    result = evaluate(model, batches, recipe.amp)
+    result = evaluate(model, batches, recipe.amp, flip=recipe.test_flip)
     images, seconds = len(result.labels), time.perf_counter() - started
     crop = f"crop {recipe.eval_crop:g}, " if recipe.loader == "disk" else ""
+    flip = "with mirror images, " if recipe.test_flip else ""
     distributed.print_once(
         f"{args.evaluate}: top-1 {result.top1:.2%}, loss {result.loss:.4f}; {images:,} images of {batches.source}, at "
-        f"{recipe.eval_resolution} px, {crop}{images / seconds:.1f} images per second"
+        f"{recipe.eval_resolution} px, {crop}{flip}{images / seconds:.1f} images per second"
     )
     return result
 
@@ -200,7 +201,9 @@ def run_from(args: argparse.Namespace, device: torch.device) -> None:
     run = (args.model, recipe, train_set, val_set)
     if args.dry_run:
         trainer, val_batches = prepare(*run, args.seed, config, start)
-        dry_run(trainer, lambda: evaluate(trainer.eval_model, val_batches, recipe.amp, limit=1), args.output)
+        dry_run(
+            trainer, lambda: evaluate(trainer.eval_model, val_batches, recipe.amp, 1, recipe.test_flip), args.output
+        )
     else:
         train(*run, args.output, args.seed, args.resume, config, start)
 

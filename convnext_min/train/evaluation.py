@@ -23,12 +23,21 @@ class Evaluation(NamedTuple):
     labels: Tensor
 
 
+def logits_of(model: nn.Module, x: Tensor, flip: bool) -> Tensor:
+    """Return the logits (B, classes) of images (B, 3, H, W); with `flip`, the mean with those of the mirror images."""
+    logits = model(x)
+    return (logits + model(x.flip(-1))) / 2 if flip else logits
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Data, amp: str = "auto", limit: int | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Data, amp: str = "auto", limit: int | None = None, flip: bool = False
+) -> Evaluation:
     """Evaluate `model` in eval mode on one epoch of `batches`, or the first `limit` of them.
 
     Several processes each evaluate their share of every batch, and all return the same result, in which each image
-    counts once. Raises FloatingPointError, in all processes, if an output is not finite.
+    counts once. `flip` is explained at `logits_of`. Raises FloatingPointError, in all processes, if an output is not
+    finite.
     """
     device = next(model.parameters()).device
     dtype = autocast_dtype(amp, device)
@@ -39,7 +48,7 @@ def evaluate(model: nn.Module, batches: Data, amp: str = "auto", limit: int | No
         if len(y) == 0:  # no share of the last batch for this process, but FSDP needs every process
             x = x.new_zeros(1, *x.shape[1:])
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(x.to(device, memory_format=torch.channels_last, non_blocking=True))
+            logits = logits_of(model, x.to(device, memory_format=torch.channels_last, non_blocking=True), flip)
         logits = logits.float().cpu()[: len(y)]  # (B, classes)
         loss += F.cross_entropy(logits, y, reduction="sum").item()
         not_finite += int((~logits.isfinite()).any(1).sum())
@@ -56,16 +65,16 @@ def evaluate(model: nn.Module, batches: Data, amp: str = "auto", limit: int | No
     return Evaluation((predictions == labels).double().mean().item(), loss / len(labels), predictions, labels)
 
 
-def evaluation_seconds(model: nn.Module, batches: Data, amp: str) -> float:
+def evaluation_seconds(model: nn.Module, batches: Data, amp: str, flip: bool = False) -> float:
     """Estimate the duration of `evaluate` from a few batches after a warm-up.
 
     Worker processes deliver images in bursts, so they take more batches than images in memory.
     """
     few = min(3 if isinstance(batches, Batches) else 8, len(batches))
-    evaluate(model, batches, amp, few)  # warm-up
+    evaluate(model, batches, amp, few, flip)  # warm-up
     ends = [time.perf_counter()]
     for count in (1, few):
-        evaluate(model, batches, amp, count)
+        evaluate(model, batches, amp, count, flip)
         ends.append(time.perf_counter())
     first, several = (end - start for start, end in itertools.pairwise(ends))
     per_batch = max(0.0, several - first) / max(1, few - 1)  # without the start of the worker processes

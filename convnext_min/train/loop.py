@@ -88,10 +88,12 @@ def train(
     trainer, val_batches = prepare(model, recipe, train_set, val_set, seed, config, start, checkpoint)
     manager = CheckpointManager(checkpoint, trainer.config.keep, *trainer.config.interval)
     manager.start(trainer)
-    eval_seconds = start_schedule(trainer, lambda: evaluation_seconds(trainer.eval_model, val_batches, recipe.amp))
+    eval_seconds = start_schedule(
+        trainer, lambda: evaluation_seconds(trainer.eval_model, val_batches, recipe.amp, recipe.test_flip)
+    )
     validate = functools.partial(validate_classifier, trainer, val_batches)
     result = run_epochs(trainer, manager, validate, eval_seconds, after_step)
-    result = result or evaluate(trainer.eval_model, val_batches, recipe.amp)
+    result = result or evaluate(trainer.eval_model, val_batches, recipe.amp, flip=recipe.test_flip)
     report(trainer, result, val_batches.classes)
     if checkpoint and distributed.rank() == 0:
         write_summary(trainer, result, val_batches.source, checkpoint.parent)
@@ -260,10 +262,10 @@ def validate_classifier(trainer: Trainer, val_batches: Data, row: dict[str, Any]
     With an EMA the weights without it are evaluated too, except at the end of a timed run, where time is up.
     """
     recipe, over = trainer.recipe, trainer.progress >= 1
-    result = evaluate(trainer.eval_model, val_batches, recipe.amp)
+    result = evaluate(trainer.eval_model, val_batches, recipe.amp, flip=recipe.test_flip)
     row |= {trainer.main_metric: result.top1, "val_loss": result.loss}
     if trainer.ema and not (over and recipe.minutes):
-        row["top1"] = evaluate(trainer.model, val_batches, recipe.amp).top1
+        row["top1"] = evaluate(trainer.model, val_batches, recipe.amp, flip=recipe.test_flip).top1
     return result
 
 

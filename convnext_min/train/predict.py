@@ -16,6 +16,7 @@ from convnext_min.environment import printable
 from convnext_min.recipes import Recipe, complete
 from convnext_min.train.checkpoint import is_run
 from convnext_min.train.device import choose_device
+from convnext_min.train.evaluation import logits_of
 from convnext_min.train.models import create_model
 from convnext_min.weights import load, read_labels, read_preprocessing, read_source
 
@@ -73,11 +74,14 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, resolution: int) -> Tensor:
-    """Return probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as in the evaluation of `train`."""
+def predict(model: nn.Module, images: Tensor, resolution: int, flip: bool = False) -> Tensor:
+    """Return probabilities (N, classes) for uint8 images (N, 3, S, S), prepared as in the evaluation of `train`.
+
+    `flip` is explained at `evaluation.logits_of`.
+    """
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), (), "")
     batches = Batches(image_set, batch_size=64, resolution=resolution, train=False)
-    return torch.cat([model(x.to(_device(model))).softmax(1) for x, _ in batches.epoch()])
+    return torch.cat([logits_of(model, x.to(_device(model)), flip).softmax(1) for x, _ in batches.epoch()])
 
 
 @torch.no_grad()
@@ -89,11 +93,12 @@ def predict_file(model: nn.Module, path: Path, recipe: Recipe) -> Tensor | None:
         except data.DECODE_ERRORS:
             return None
         x = disk.transform(recipe, False, recipe.eval_resolution)(image)
-        return model(x[None].to(_device(model))).softmax(1)[0]
+        return logits_of(model, x[None].to(_device(model)), recipe.test_flip).softmax(1)[0]
     pixels = data.decode(path, recipe.image_size, recipe.exif_orientation)  # (S, S, 3)
     if pixels is None:
         return None
-    return predict(model, torch.from_numpy(pixels).permute(2, 0, 1)[None], recipe.eval_resolution)[0]
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return predict(model, images, recipe.eval_resolution, recipe.test_flip)[0]
 
 
 def main(argv: list[str] | None = None) -> None:
