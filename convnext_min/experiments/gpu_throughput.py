@@ -1,7 +1,7 @@
 """Measure the throughput of ConvNeXt and of the Swin Transformer of its size on a GPU, as in Table 12 of the paper.
 
 `python -m convnext_min.experiments.gpu_throughput --output book/results/speed/gpu` writes throughput.csv, a row per
-pair, and card.json. Both networks of a pair take turns in one process. Swin is timm's.
+pair, and environment.json. Both networks of a pair take turns in one process. Swin is timm's.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(measure(pair, setting))
             print("{size:<7} {setting:<20} {convnext:8.1f} {swin:8.1f} img/s, {ratio:.2f}x".format(**rows[-1]))
             write_rows(rows, args.output / "throughput.csv")
-            write_json(environment() | {"device": torch.cuda.get_device_name()}, args.output / "card.json")
+            write_json(environment() | {"device": torch.cuda.get_device_name()}, args.output / "environment.json")
 
 
 if __name__ == "__main__":
