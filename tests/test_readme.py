@@ -29,6 +29,7 @@ def runs() -> dict[tuple[str, str], dict[int, list[tuple[Path, float]]]]:
             ours += ", first version" + ", smaller images" * (used["resolution"] == 96)
             ours += ", larger batches" * (used["batch_size"] == 128) + ", no mixing" * (not used["cutmix"])
             ours += ", Nesterov momentum" * (used["optimizer"] == "nmuon")
+            ours += ", three more changes" * used.get("test_flip", False)
         elif used["optimizer"] == "muon":
             ours += ", first version" if used["batch_size"] == 64 else ", second version"
             ours += ", half the width" * bool(used["dims"])

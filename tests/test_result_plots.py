@@ -152,6 +152,19 @@ def test_the_memory_of_each_implementation_is_a_row(results_folder):
     )
 
 
+def test_the_speeds_on_a_gpu_are_beside_those_of_the_paper(results_folder):
+    (results_folder / "speed" / "gpu").mkdir(parents=True)
+    lines = ["size,setting,convnext,ratio", 'T,"tf32, eager",5892.4,1.262', '"B, 384","tf32, eager",1006.7,1.577']
+    lines += ['T,"bf16, torch.compile",12147.3,1.244']
+    (results_folder / "speed" / "gpu" / "throughput.csv").write_text("\n".join(lines))
+    table = result_figures.gpu_table()
+    assert table.header[3:] == ("tf32, eager", "bf16, torch.compile")
+    assert table.rows == (
+        ("T", "224", "1,944 (1.47)", "5,892 (1.26)", "12,147 (1.24)"),
+        ("B", "384", "337 (1.39)", "1,007 (1.58)", ""),
+    )
+
+
 def test_the_profile_of_an_iteration_ends_with_the_goal(results_folder):
     (results_folder / "speed").mkdir()
     contest = {"convnext_min": {"ratio": {"median": 1}}, "a": {"ratio": {"median": 1.5}}, "b": {"ratio": {"median": 2}}}
@@ -278,6 +291,22 @@ def test_changes_of_the_optimizer_follow_the_run_without_them(results_folder):
     assert result_figures.optimizers_table().rows == (
         ("second version", "80.0%", "0.350", "2.0"),
         ("a", "87.5%", "0.326", "2.0"),
+    )
+
+
+def test_larger_and_mirrored_images_gain_a_mean_over_the_changed_networks(results_folder):
+    (results_folder / "imagenette").mkdir()
+    rows = [
+        {"change": "a", "epochs": 26.03, "val_loss": 0.4859, "top1": 0.870, "mirrored": 0.875, "larger": 0.865},
+        {"change": "b", "epochs": 30.8, "val_loss": 0.4746, "top1": 0.866, "mirrored": 0.869, "larger": 0.874},
+    ]
+    both = [row | {"larger, mirrored": row["top1"] + 0.004} for row in rows]
+    (results_folder / "imagenette" / "tried.json").write_text(json.dumps({"changes": both}))
+    assert result_figures.changes_table().rows == (("a", "26.0", "87.0%", "0.486"), ("b", "30.8", "86.6%", "0.475"))
+    assert result_figures.evaluation_gains().rows == (
+        ("with the mirror image", "+0.4", "+0.3", "+0.5"),
+        ("larger images", "+0.2", "-0.5", "+0.8"),
+        ("larger images, with the mirror image", "+0.4", "+0.4", "+0.4"),
     )
 
 

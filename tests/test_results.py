@@ -54,9 +54,12 @@ def test_a_run_for_some_minutes_had_the_values_of_its_recipe(path):
         (30, 128, 0.0, 128): {"base_lr": 1.1e-2, "mixup": 0.0, "cutmix": 0.0} | large,
     }
     recorded = recipes.complete(recipes.Recipe, summary["recipe"])
+    label = {run: name for name, run in result_figures.TIMED_RUNS + result_figures.TRIED_RUNS}[path.parent.name]
     changes = old.get((recipe.minutes, *(recorded[key] for key in ("batch_size", "cutmix", "resolution"))), {})
     changes |= {"dims": (20, 40, 80, 160)} if recorded["dims"] else {}
-    label = {run: name for name, run in result_figures.TIMED_RUNS + result_figures.TRIED_RUNS}[path.parent.name]
+    if "three more changes" in label:
+        changes |= {"progressive": ((0.2, 48), (0.4, 64), (0.8, 96)), "drop_path": 0.1}
+        changes |= {"eval_resolution": 144, "test_flip": True}
     changes |= {"optimizer": "nmuon" if label == "for small data" or "Nesterov momentum" in label else "muon"}
     recipe = replace(recipe, batch_size=recorded["batch_size"], **changes)
     assert json.loads(json.dumps(asdict(recipe))) == json.loads(json.dumps(recorded))

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from convnext_min import paper
 from convnext_min.book import analysis, results
 from convnext_min.book.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, Table, figure, table
 from convnext_min.measure import count_macs, count_parameters
@@ -75,6 +76,9 @@ TRIED_RUNS: Runs = (  # changes of the recipes for three and thirty minutes, on 
     ("no mixing", "30min-seed-5"),
     ("no mixing", "30min-seed-6"),
     ("no mixing, Nesterov momentum", "30min-seed-7"),
+    ("no mixing, Nesterov momentum", "30min-seed-8"),
+    ("no mixing, Nesterov momentum, three more changes", "30min-seed-9"),
+    ("no mixing, Nesterov momentum, three more changes", "30min-seed-10"),
 )
 TRIED_PAIRS = (
     ("3min-seed-8", "3min-seed-10"),
@@ -85,6 +89,7 @@ TRIED_PAIRS = (
     ("30min-seed-3", "30min-seed-5"),
     ("30min-seed-4", "30min-seed-5"),
     ("30min-seed-5", "30min-seed-7"),
+    ("30min-seed-7", "30min-seed-9"),
 )
 HELD_OUT_RUNS: Runs = (  # in imagenette/held_out
     ("second version", "10min"),
@@ -272,6 +277,31 @@ def optimizers_table() -> Table:
     return table(("optimizer", "held-out top-1", "held-out loss", "epochs"), rows)
 
 
+def changes_table() -> Table:
+    """Return single changes of the recipe for thirty minutes: epochs, and top-1 and loss on held-out images."""
+    rows = [
+        (row["change"], f"{row['epochs']:.1f}", f"{row['top1']:.1%}", f"{row['val_loss']:.3f}")
+        for row in results.values("imagenette/tried.json")["changes"]
+    ]
+    return table(("change", "epochs", "held-out top-1", "held-out loss"), rows)
+
+
+def evaluation_gains() -> Table:
+    """Return what larger and mirrored images in evaluation add to top-1, in points: mean, lowest and highest.
+
+    The networks are those of `changes_table`.
+    """
+    rows = []
+    for how, label in (
+        ("mirrored", "with the mirror image"),
+        ("larger", "larger images"),
+        ("larger, mirrored", "larger images, with the mirror image"),
+    ):
+        gains = [100 * (row[how] - row["top1"]) for row in results.values("imagenette/tried.json")["changes"]]
+        rows.append((label, *(f"{value:+.1f}" for value in (mean(gains), min(gains), max(gains)))))
+    return table(("evaluation", "mean gain (points)", "lowest", "highest"), rows)
+
+
 def evaluations_table() -> Table:
     """Return top-1 of trained networks by the resolution of the images, without and with their mirror images."""
     by_run: dict[str, list[dict]] = {}
@@ -351,6 +381,28 @@ def memory_table(*names: str) -> Table:
         for implementation, result in outcome["memory"].items():
             rows.append((what, implementation, f"{result['megabytes']:,}", result["setting"]))
     return table(("model", "implementation", "peak memory of training (MB)", "setting"), rows)
+
+
+def gpu_table() -> Table:
+    """Return the images per second of ConvNeXt on a GPU, and in brackets their ratio to those of the Swin of its size.
+
+    The first column is from the paper's Table 12, the others from book/results/speed/gpu, a setting each.
+    """
+
+    def cell(convnext: float, ratio: float) -> str:
+        return f"{convnext:,.0f} ({ratio:.2f})"
+
+    measured: dict[str, dict[str, str]] = {}  # size, then setting
+    for row in results.rows("speed/gpu/throughput.csv"):
+        measured.setdefault(row["size"], {})[row["setting"]] = cell(float(row["convnext"]), float(row["ratio"]))
+    settings = tuple(dict.fromkeys(setting for cells in measured.values() for setting in cells))
+    rows = []
+    for speed in paper.TABLE12:
+        cells = measured.get(speed.size if speed.resolution == 224 else f"{speed.size}, {speed.resolution}")
+        if cells and speed.swin:
+            published = cell(speed.convnext, speed.convnext / speed.swin)
+            rows.append((speed.size, speed.resolution, published, *(cells.get(setting, "") for setting in settings)))
+    return table(("size", "pixels", "A100, TF32 (paper)", *settings), rows)
 
 
 def tried_changes() -> Table:
