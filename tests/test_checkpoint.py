@@ -101,7 +101,7 @@ def test_what_save_every_takes_is_said(every):
 def test_best_is_the_checkpoint_of_the_highest_accuracy(images, tmp_path, monkeypatch):
     accuracies, weights = iter([0.3, 0.6, 0.5]), []
 
-    def judge(model, batches, amp):
+    def judge(model, batches, amp, flip):
         weights.append({key: value.clone() for key, value in model.state_dict().items()})
         return Evaluation(next(accuracies), 1.0, torch.zeros(13, dtype=torch.long), batches.image_set.labels)
 

@@ -177,9 +177,9 @@ def test_a_timed_run_that_ends_while_it_writes_reports_the_weights_it_has(images
         plain_write(self, rows)
         fake_time.seconds += 10 * (len(rows) == 3)
 
-    def judge(model, *arguments):
+    def judge(model, *arguments, **options):
         judged.append(model.head.weight.clone())
-        return plain_evaluate(model, *arguments)
+        return plain_evaluate(model, *arguments, **options)
 
     monkeypatch.setattr(loop.Log, "write", slow_write)
     monkeypatch.setattr(loop, "evaluate", judge)
